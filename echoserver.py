@@ -61,9 +61,7 @@ __all__ = ["EchoServer"]
 Client = Dict[str, Any]
 Data = Union[bytes, bytearray]
 
-# ---------------------------------------------------------------------------------------------------------
-# The echo pattern
-# ---------------------------------------------------------------------------------------------------------
+# ==== The echo pattern =============================================================================================
 
 
 class EchoServer:
@@ -154,9 +152,7 @@ def show_debug_output() -> None:
         logger.addHandler(logging.StreamHandler())
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The command line
-# ---------------------------------------------------------------------------------------------------------
+# ==== The command line =============================================================================================
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -250,9 +246,7 @@ def raise_file_limit() -> None:
             return resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The server: the listening socket, its threads, the list of clients
-# ---------------------------------------------------------------------------------------------------------
+# ==== The server: the listening socket, its threads, the list of clients ===========================================
 
 
 class Server(WebsocketServer):
@@ -444,8 +438,6 @@ class Server(WebsocketServer):
             logger.warning("closed, but %d threads are still in an override", stuck)
         self.closed.set()
 
-    shutdown = close  # socketserver's name; there it waits for ever when it is called before the start
-
     # The registers
 
     @property
@@ -486,59 +478,37 @@ class Server(WebsocketServer):
             if connection in self._connections:
                 connection.request.shutdown(socket.SHUT_RDWR)
 
-    # websocket-server's interface, as its README describes it
+    # The rest of websocket-server's interface works as it is, on these
 
     def set_fn_message_received(self, fn: Callable[[Client, Server, Any], None]) -> None:
         """Register the callback for messages."""
         super().set_fn_message_received(fn)
-        # A callback that only echoes, and shows nothing, need not be called: a connection may then answer
-        # many messages in one write.
+        # A callback that only echoes, and shows nothing, need not be called for each message: a connection
+        # may then answer many in one write.
         self.echoes = getattr(fn, "__func__", None) is EchoServer.message_received and not fn.__self__.debug
 
-    def handler_to_client(self, handler: Connection) -> Optional[Client]:
-        """Return the client of a handler."""
-        return handler.client
-
-    def send_message(self, client: Client, msg: Union[str, bytes]) -> bool:
+    def send_message(self, client: Client, msg: Union[str, Data]) -> bool:
         """Send text (str) or binary (bytes), from any thread. Returns False if the client is gone.
 
         On return the message is with TCP; it waits while the client does not read, `send_timeout` at most.
         """
-        return client["handler"].send_message(msg)
+        sent: bool = client["handler"].send_message(msg)
+        return sent
 
-    def send_message_to_all(self, msg: Union[str, bytes]) -> None:
-        """Send text (str) or binary (bytes) to every client, one after the other."""
-        for client in self.clients:
-            client["handler"].send_message(msg)
-
-    def disconnect_clients_gracefully(self, status: int = 1000, reason: Union[str, bytes] = b"") -> None:
-        """Send Close to every client; each is gone when it has answered, or after `close_timeout`."""
-        for client in self.clients:
-            client["handler"].send_close(status, reason)
-
-    def disconnect_clients_abruptly(self) -> None:
-        """Cut every client's TCP connection, without a Close."""
-        for client in self.clients:
-            client["handler"].abort()
-
-    def shutdown_gracefully(self, status: int = 1000, reason: Union[str, bytes] = b"") -> None:
-        """Close the server with this status."""
-        self.close(status, reason)
-
-    def shutdown_abruptly(self) -> None:
-        """Close the server without a Close to anyone."""
+    def server_close(self) -> None:
+        """Stop accepting connections, and close the listening socket."""
         self.stop()
-        self.disconnect_clients_abruptly()
-        self.close()
+        super().server_close()
 
-    def deny_new_connections(self, status: int = 1000, reason: Union[str, bytes] = b"") -> None:
-        """Close every new connection with this status right after its opening handshake."""
+    shutdown = close  # in socketserver it waits for ever when nothing is served yet, or in a callback
+    _shutdown_gracefully = close
+
+    def _deny_new_connections(self, status: int, reason: Union[str, bytes]) -> None:
         self._deny_clients = close_payload(status, reason)
 
-    @property
-    def denial(self) -> bytes:
-        """What the Close to a connection says that may not become a client."""
-        return self._deny_clients or close_payload(1001, "")
+    def _terminate_client_handler(self, handler: Connection) -> None:
+        if not handler.closing:  # what was sent a Close is given the time to answer it
+            handler.abort()
 
 
 def join(threads: Iterable[threading.Thread], until: float) -> None:
@@ -548,9 +518,7 @@ def join(threads: Iterable[threading.Thread], until: float) -> None:
             thread.join(max(0, until - time.monotonic()))
 
 
-# ---------------------------------------------------------------------------------------------------------
-# One connection
-# ---------------------------------------------------------------------------------------------------------
+# ==== One connection ===============================================================================================
 
 
 class Connection(WebSocketHandler):
@@ -565,7 +533,7 @@ class Connection(WebSocketHandler):
     compression: Optional[PerMessageDeflate] = None
     has_slot = False  # counts towards max_clients; guarded by the server's lock
     _announced = False  # new_client was called, so client_left will be
-    _output_closed = False  # a Close was sent or the connection broke; guarded by _send_lock
+    closing = False  # a Close was sent, or the connection broke: nothing more is; guarded by _send_lock
     _fragmenting = False  # a fragmented message is on its way out; guarded by _send_lock
     _close_deadline = 0.0  # when to stop waiting for the peer's Close, once ours was sent
     _room = 4096  # bytes to receive at once: more as soon as that many came, this again after a silence
@@ -585,7 +553,7 @@ class Connection(WebSocketHandler):
         except HTTPAnswer as answer:  # the request was for something else, or cannot be granted
             self.server.leave(self)
             with self._send_lock:
-                self._output_closed = self._write(answer.response)
+                self.closing = self._write(answer.response)
         except ProtocolError as error:  # section 7.1.7: fail the WebSocket connection
             self._fail(error.code, error.reason)
         except Exception:
@@ -615,7 +583,7 @@ class Connection(WebSocketHandler):
             server.enter(self, request, subprotocol)
             sent = self._write(response)
             if not self.client:
-                self.close_within(-1, server.denial)
+                self.close_within(-1, server._deny_clients or close_payload(1001, ""))
             elif not sent:
                 server.leave(self)
                 self.client = None
@@ -662,7 +630,7 @@ class Connection(WebSocketHandler):
                         self._take(header[0] & 0x0F, [payload])
                 elif frames:
                     with self._send_lock:
-                        if not self._output_closed:
+                        if not self.closing:
                             self._write(b"".join(frames))
                 data = data[used:]
             for opcode, pieces in receiver.feed(data) if data else ():
@@ -676,7 +644,7 @@ class Connection(WebSocketHandler):
     def _take(self, opcode: int, pieces: Sequence[Data]) -> None:
         """Take a whole message, a Ping or a Pong. What comes after our Close is ignored."""
         server = self.server
-        if self._output_closed or opcode == PONG:
+        if self.closing or opcode == PONG:
             return
         if opcode == PING:
             self.send_pong(pieces[0])
@@ -704,7 +672,7 @@ class Connection(WebSocketHandler):
         self._room = Connection._room
         silence, pinged = server.tick, False
         while True:
-            if self._output_closed:
+            if self.closing:
                 remaining = self._close_deadline - time.monotonic()
                 if remaining <= 0:
                     return b""
@@ -737,7 +705,7 @@ class Connection(WebSocketHandler):
         server = self.server
         server.leave(self)
         with contextlib.suppress(OSError):
-            if self._output_closed:
+            if self.closing:
                 self.stream.shutdown(socket.SHUT_WR)
             else:
                 self.request.shutdown(socket.SHUT_RDWR)  # wakes any thread that is sending
@@ -753,7 +721,7 @@ class Connection(WebSocketHandler):
         server.cut(self)
         server.forget(self)
         with self._send_lock:
-            self._output_closed = True
+            self.closing = True
         self.request.close()
 
     def close_within(self, patience: float, payload: bytes) -> bool:
@@ -762,10 +730,10 @@ class Connection(WebSocketHandler):
         if not self._send_lock.acquire(timeout=patience):
             return False
         try:
-            if not self._output_closed:
+            if not self.closing:
                 self._close_deadline = time.monotonic() + self.server.close_timeout
                 self._write(frame(CLOSE, payload), 0 if patience < 0 else getattr(socket, "MSG_DONTWAIT", 0))
-                self._output_closed = True
+                self.closing = True
         finally:
             self._send_lock.release()
         return True
@@ -777,7 +745,7 @@ class Connection(WebSocketHandler):
                 self._write(last_words)
         self.server.cut(self)
         with self._send_lock:
-            self._output_closed = True
+            self.closing = True
 
     # Send
 
@@ -790,11 +758,9 @@ class Connection(WebSocketHandler):
         raise TypeError("a message is str or bytes, not %s" % type(message).__name__)
 
     def send_text(self, message: Union[str, bytes], opcode: int = 1) -> bool:
-        """Send text, given as str or as UTF-8, or a frame of another opcode (websocket-server's name for it)."""
+        """Send text, given as str or in UTF-8 (websocket-server's name for it)."""
         payload = message if isinstance(message, bytes) else message.encode()
-        if opcode != TEXT:
-            return self.send_frame(opcode, payload)
-        return self.send_message(payload.decode())
+        return self.send_message(payload.decode()) if opcode == TEXT else self.send_frame(opcode, payload)
 
     def send_fragments(self, pieces: Iterable[Union[str, bytes]]) -> bool:
         """Send one message in fragments (section 5.4), each as soon as `pieces` yields it, all str or all
@@ -828,18 +794,18 @@ class Connection(WebSocketHandler):
     def send_close(self, status: int = 1000, reason: Union[str, bytes] = b"") -> bool:
         """Start the closing handshake (section 7.1.2). Raises ValueError for what a Close may not carry."""
         payload = close_payload(status, reason)
-        return not self._output_closed and self.close_within(-1, payload)
+        return not self.closing and self.close_within(-1, payload)
 
     def send_frame(self, opcode: int, payload: Data, fin: bool = True) -> bool:
         """Send one frame just as it is told: nothing checks that it makes sense at this place."""
         with self._send_lock:
-            return not self._output_closed and self._write(frame(opcode, payload, fin))
+            return not self.closing and self._write(frame(opcode, payload, fin))
 
     def _send_data(self, opcode: int, pieces: Sequence[Data]) -> bool:
         """Send one message, in one frame."""
         with self._send_lock:
             self._check_no_fragments()
-            if self._output_closed:
+            if self.closing:
                 return False
             compress = self.compression is not None and self.compression.used
             if self.compression and compress:
@@ -860,7 +826,7 @@ class Connection(WebSocketHandler):
         try:
             self.stream.sendall(data, flags)
         except OSError:
-            self._output_closed = True
+            self.closing = True
             self.server.cut(self)
             return False
         return True
@@ -925,40 +891,46 @@ class TLSStream:
 
     def shutdown(self, how: int) -> None:
         """Send close_notify, then end the TCP connection in this direction. Raises OSError."""
-        with contextlib.suppress(ssl.SSLError):  # it would like to wait for the peer's
-            self._run(self._tls.unwrap, wait=False)
+        with contextlib.suppress(ssl.SSLError):
+            self._run(self._tls.unwrap, wait=False)  # not for the peer's close_notify
         self._sock.shutdown(how)
 
     def _run(self, step: Callable[[], Any], wait: bool = True) -> Any:
-        """Do a step of TLS, as often as it takes, with ciphertext from the peer in between."""
+        """Do a step of TLS, with ciphertext from the peer if it needs that, and send what it makes."""
         while True:
+            result, more = None, False
             try:
                 with self._tls_lock:
-                    return step()
+                    result = step()
             except ssl.SSLWantReadError:
-                if not wait:
-                    raise
+                more = wait
             finally:
-                with self._wire_lock:
-                    with self._tls_lock:
-                        ciphertext = self._outgoing.read()
-                    if ciphertext:
-                        self._sock.sendall(ciphertext)
+                self._flush()
+            if not more:
+                return result
             ciphertext = self.receive(LONG)
             if not ciphertext:
                 raise ConnectionAbortedError("the peer ended the connection without close_notify")
             with self._tls_lock:
                 self._incoming.write(ciphertext)
 
+    def _flush(self) -> None:
+        """Send what a step of TLS made besides its result: handshake messages, alerts."""
+        with self._tls_lock:
+            pending = self._outgoing.pending
+        if pending:
+            with self._wire_lock:
+                with self._tls_lock:
+                    ciphertext = self._outgoing.read()
+                self._sock.sendall(ciphertext)
 
-# ---------------------------------------------------------------------------------------------------------
-# The opening handshake: bytes in, values out (RFC 6455 section 4.2, RFC 9110, RFC 9112)
-# ---------------------------------------------------------------------------------------------------------
+
+# ==== The opening handshake: bytes in, values out (RFC 6455 section 4.2, RFC 9110, RFC 9112) =======================
 
 MAX_HEAD = 16 * 1024  # bytes of a request's header
 GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # section 1.3
 TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-REQUEST_LINE = re.compile(r"(%s) (?:[a-z]+://[^/ ]+)?(/[!-\"$-~]*|\*) HTTP/(\d\.\d)" % TOKEN)
+REQUEST_LINE = re.compile(r"(%s) (?:[a-z]+://[^/ ]+)?(/[!-\"$-~]*|\*) HTTP/(1\.[01])" % TOKEN)
 FIELD_LINE = re.compile(r"(%s):([\t -~\x80-\xff]*)" % TOKEN)
 
 
@@ -1071,9 +1043,7 @@ def accept(request: Request, origins: Optional[Sequence[str]], compression: bool
     return "\r\n".join((*fields, "", "")).encode(), subprotocols[0] if subprotocols else None, extension
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Frames and messages: bytes in, values out (RFC 6455 sections 5 and 7)
-# ---------------------------------------------------------------------------------------------------------
+# ==== Frames and messages: bytes in, values out (RFC 6455 sections 5 and 7) ========================================
 
 # Opcodes (section 5.2); 3 to 7 and 11 to 15 are reserved
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
@@ -1349,9 +1319,7 @@ class Receiver:
             raise ProtocolError(1007, "a reason that is not UTF-8 (section 5.5.1)") from None
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Compression: permessage-deflate, bytes in, bytes out (RFC 7692)
-# ---------------------------------------------------------------------------------------------------------
+# ==== Compression: permessage-deflate, bytes in, bytes out (RFC 7692) ==============================================
 
 END_OF_MESSAGE = b"\0\0\xff\xff"  # is left out of each message (sections 7.2.1 and 7.2.2)
 
@@ -1430,9 +1398,7 @@ class PerMessageDeflate:
         return data[:-len(END_OF_MESSAGE)] or b"\0"  # of nothing twice in a row, zlib makes nothing
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The page
-# ---------------------------------------------------------------------------------------------------------
+# ==== The page =====================================================================================================
 
 
 def page() -> HTTPAnswer:

@@ -1,0 +1,435 @@
+"""Tests of echoserver: through real sockets and a real client (websocket-client), and of the pure core.
+
+    python -m pytest                        # all but the benchmark, under half a minute
+    python -m pytest -m benchmark -s        # the benchmark: this server, plain websocket-server, bare TCP
+"""
+import contextlib
+import gc
+import http.client
+import io
+import json
+import logging
+import os
+import pathlib
+import random
+import re
+import shutil
+import signal
+import socket
+import ssl
+import struct
+import subprocess
+import sys
+import tempfile
+import textwrap
+import threading
+import time
+import urllib.request
+import warnings
+import zlib
+
+import pytest
+import websocket
+from websocket_server import WebsocketServer
+
+import echoserver
+from echoserver import BINARY, CLOSE, CONTINUATION, PING, PONG, TEXT, EchoServer
+
+HERE = pathlib.Path(__file__).resolve().parent
+PATIENCE = 10  # seconds after which a wait has failed; none of them is waited for in a passing test
+KEY = b"\x37\xfa\x21\x3d"
+REQUEST = (b"GET / HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+           b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n")
+
+with warnings.catch_warnings():  # there is no visible settings file in which the mark could be registered
+    warnings.simplefilter("ignore")
+    benchmark = pytest.mark.benchmark
+
+
+# ==== Tools ============================================================================================
+
+
+def wait_for(condition, what="it"):
+    """Wait until condition() is true; the only wait by polling, for what sends no signal."""
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, "waited in vain for %s" % what
+        time.sleep(0.005)
+
+
+def open_sockets():
+    """The sockets of this process, where the system shows them."""
+    found = set()
+    with contextlib.suppress(OSError):
+        for number in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):
+                target = os.readlink("/proc/self/fd/" + number)
+                if target.startswith("socket:"):
+                    found.add(target)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind():
+    """No thread and no socket outlives a test."""
+    gc.collect()
+    threads, sockets = set(threading.enumerate()), open_sockets()
+    yield
+    gc.collect()
+    wait_for(lambda: set(threading.enumerate()) <= threads, "threads to end: %s" % threading.enumerate())
+    wait_for(lambda: open_sockets() <= sockets, "sockets to be closed")
+
+
+@pytest.fixture
+def serve():
+    """A function that starts a server, of any class, to be closed after the test."""
+    with contextlib.ExitStack() as stack:
+        yield lambda kind=EchoServer, **options: stack.enter_context(kind(port=0, host="127.0.0.1", **options))
+
+
+@pytest.fixture
+def client(serve):
+    """A real client of a plain server."""
+    connection = websocket.create_connection(serve().url, timeout=PATIENCE)
+    yield connection
+    connection.close()
+    connection.shutdown()  # it leaves its socket open where the server's Close came first
+
+
+def client_frame(opcode, payload=b"", fin=True, rsv=0, key=KEY, length=None, masked=True):
+    """A frame from a client; built here apart from the server's code, and able to be wrong."""
+    size = len(payload)
+    if length is None:
+        length = bytes([size]) if size < 126 else (
+            b"\x7e" + struct.pack("!H", size) if size < 65536 else b"\x7f" + struct.pack("!Q", size))
+    length = bytes([length[0] | 0x80 * masked]) + length[1:]
+    if masked:
+        payload = key + bytes(byte ^ key[i % 4] for i, byte in enumerate(payload))
+    return bytes([0x80 * fin | rsv << 4 | opcode]) + length + payload
+
+
+class Raw:
+    """A bare socket that has done the opening handshake, for what no client sends."""
+
+    def __init__(self, server, request=REQUEST, early=b"", context=None):
+        self.socket = socket.create_connection(("127.0.0.1", server.port), PATIENCE)
+        if context:
+            self.socket = context.wrap_socket(self.socket, server_hostname="localhost")
+        self.file = self.socket.makefile("rb")
+        self.send(request + early)
+        self.head = b""
+        while not self.head.endswith(b"\r\n\r\n"):
+            line = self.file.readline()
+            assert line, self.head
+            self.head += line
+
+    def send(self, *frames):
+        self.socket.sendall(b"".join(frames))
+        return self
+
+    def frame(self):
+        """The next frame: (first byte's flags, opcode, payload); None at the end of the connection."""
+        head = self.file.read(2)
+        if not head:
+            return None
+        assert not head[1] & 0x80, "a server does not mask"
+        size = head[1]
+        if size > 125:
+            size = int.from_bytes(self.file.read(2 if size == 126 else 8), "big")
+        return head[0] & 0xF0, head[0] & 0x0F, self.file.read(size)
+
+    def frames(self):
+        """All frames until the connection ends; a reset is an error."""
+        return list(iter(self.frame, None))
+
+    def close(self):
+        self.file.close()
+        self.socket.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+def whole(opcode, payload=b""):
+    return 0x80, opcode, payload
+
+
+def close_code(frames):
+    """The status code of the Close that must be the last frame."""
+    assert frames and frames[-1][:2] == (0x80, CLOSE), frames
+    return int.from_bytes(frames[-1][2][:2], "big")
+
+
+class Recorder(EchoServer):
+    """An echo server that keeps what it was called with."""
+
+    def __init__(self, *args, **options):
+        self.calls, self.messages = [], []
+        self.changed = threading.Event()
+        super().__init__(*args, **options)
+
+    def new_client(self, client, server):
+        self.calls.append(("new", client["id"], client in server.clients))
+
+    def message_received(self, client, server, message):
+        self.messages.append(message)
+        super().message_received(client, server, message)
+
+    def client_left(self, client, server):
+        self.calls.append(("left", client["id"], client in server.clients))
+        self.changed.set()
+
+
+# ==== The echo =========================================================================================
+
+SIZES = [0, 1, 125, 126, 127, 255, 256, 65535, 65536, 130000, 2**20 + 3]
+BOTH = pytest.mark.parametrize("kind", [EchoServer, Recorder])  # the fast path, and the overrides
+
+
+@BOTH
+@pytest.mark.parametrize("size", SIZES)
+def test_echoes_text_and_binary(serve, kind, size):
+    with contextlib.closing(websocket.create_connection(serve(kind).url, timeout=PATIENCE)) as client:
+        text, binary = ("a" * size)[:-2] + "é" * (size > 2), random.Random(size).getrandbits(8 * size + 1).to_bytes(size + 1, "big")
+        client.send(text)
+        client.send_binary(binary)
+        assert client.recv_data() == (TEXT, text.encode())
+        assert client.recv_data() == (BINARY, binary)
+
+
+def test_echoes_16_mib_and_nothing_longer(client):
+    message = b"x" * 2**24
+    client.send_binary(message)
+    assert client.recv() == message
+    client.sock.sendall(client_frame(BINARY, length=b"\x7f" + struct.pack("!Q", 2**24 + 1)))
+    assert client.recv_data()[1][:2] == struct.pack("!H", 1009)
+
+
+@BOTH
+@pytest.mark.parametrize("chop", [1, 3, 1000])
+def test_fragments_with_control_frames_between(serve, kind, chop):
+    """However TCP cuts the bytes up, and wherever fragments end."""
+    sent = b"".join([
+        client_frame(TEXT, "Füße".encode()[:2], fin=False), client_frame(PING, b"\xff\0ping"),
+        client_frame(CONTINUATION, "Füße".encode()[2:3], fin=False), client_frame(PONG, b"unasked"),
+        client_frame(CONTINUATION, "Füße".encode()[3:]), client_frame(BINARY, b""), client_frame(TEXT, b"a" * 300),
+        client_frame(BINARY, b"", fin=False), client_frame(CONTINUATION, b""),
+        client_frame(BINARY, b"\xfe", fin=False), client_frame(CONTINUATION, b"\xff"),
+        client_frame(CLOSE, struct.pack("!H", 3000) + "tschüß".encode())])
+    with Raw(serve(kind)) as raw:
+        for at in range(0, len(sent), chop):
+            raw.send(sent[at:at + chop])
+        assert raw.frames() == [
+            whole(PONG, b"\xff\0ping"), whole(TEXT, "Füße".encode()), whole(BINARY), whole(TEXT, b"a" * 300),
+            whole(BINARY), whole(BINARY, b"\xfe\xff"), whole(CLOSE, struct.pack("!H", 3000))]
+
+
+def test_many_messages_in_one_write_come_back_in_order(serve):
+    with Raw(serve()) as raw:
+        messages = [client_frame(TEXT if i % 2 else BINARY, b"%d" % i * (i % 90), key=os.urandom(4)) for i in range(500)]
+        messages[250] = client_frame(PING, b"half")
+        raw.send(*messages, client_frame(CLOSE))
+        expected = [whole(TEXT if i % 2 else BINARY, b"%d" % i * (i % 90)) for i in range(500)]
+        expected[250] = whole(PONG, b"half")
+        assert raw.frames() == [*expected, whole(CLOSE)]
+
+
+def test_frames_behind_the_request_in_one_packet(serve):
+    with Raw(serve(), early=client_frame(TEXT, b"early")) as raw:
+        assert raw.frame() == whole(TEXT, b"early")
+
+
+def test_numpy_or_not(monkeypatch):
+    """Both ways to unmask long payloads give what the definition gives."""
+    data = random.Random(1).getrandbits(8 * 20000).to_bytes(20000, "big")
+    for missing in (True, False):
+        if missing:
+            monkeypatch.setitem(sys.modules, "numpy", None)
+        else:
+            monkeypatch.undo()
+            pytest.importorskip("numpy", reason="the other half needs NumPy, which is never required")
+        echoserver.numpy.cache_clear()
+        for size in (0, 1, 3, 255, 256, 8191, 8192, 8193, 8194, 8195, 20000):
+            masked = bytes(byte ^ KEY[i % 4] for i, byte in enumerate(data[:size]))
+            assert echoserver.unmask(masked, KEY) == data[:size]
+    echoserver.numpy.cache_clear()
+
+
+# ==== What fails the connection ========================================================================
+
+GOOD = client_frame(TEXT, b"good")
+VIOLATIONS = {
+    "unmasked frame": (1002, client_frame(TEXT, b"x", masked=False)),
+    "unmasked, by its first two bytes": (1002, b"\x81\x01"),
+    "reserved bit 1": (1002, client_frame(TEXT, b"x", rsv=4)),
+    "reserved bit 2": (1002, client_frame(TEXT, b"x", rsv=2)),
+    "reserved bit 3": (1002, client_frame(PING, b"x", rsv=1)),
+    "reserved opcode 3": (1002, client_frame(3)),
+    "reserved opcode 11": (1002, client_frame(11)),
+    "Ping of 126 bytes": (1002, client_frame(PING, b"x" * 126)),
+    "Ping in fragments": (1002, client_frame(PING, fin=False)),
+    "continuation of nothing": (1002, client_frame(CONTINUATION, b"x")),
+    "message inside another": (1002, client_frame(TEXT, b"x", fin=False) + client_frame(TEXT, b"x")),
+    "16-bit length below 126": (1002, client_frame(BINARY, b"x" * 125, length=b"\x7e\0\x7d")),
+    "64-bit length below 65536": (1002, client_frame(BINARY, b"x" * 9, length=b"\x7f" + struct.pack("!Q", 65535))),
+    "64-bit length with its highest bit": (1002, client_frame(BINARY, length=b"\x7f" + b"\xff" * 8)),
+    "Close of 1 byte": (1002, client_frame(CLOSE, b"\x03")),
+    "Close with a reason that is not UTF-8": (1007, client_frame(CLOSE, b"\x03\xe8\xff")),
+    "text that is not UTF-8": (1007, client_frame(TEXT, b"caf\xe9")),
+    "text that ends too early": (1007, client_frame(TEXT, b"\xc3")),
+    "a surrogate": (1007, client_frame(TEXT, b"\xed\xa0\x80")),
+    "wrong text in mid-frame": (1007, client_frame(TEXT, b"a\xffb" + b"c" * 200)[:12]),
+    "wrong text in mid-fragment": (1007, client_frame(TEXT, "é".encode(), fin=False)
+                                   + client_frame(CONTINUATION, b"\xc3(", fin=False)),
+    "too long by its header": (1009, client_frame(BINARY, length=b"\x7f" + struct.pack("!Q", 2**62))[:10]),
+    "too long in fragments": (1009, client_frame(BINARY, b"x" * 200, fin=False) + client_frame(CONTINUATION, b"x" * 101)),
+    **{"Close with code %d" % code: (1002, client_frame(CLOSE, struct.pack("!H", code)))
+       for code in (0, 999, 1004, 1005, 1006, 1015, 1016, 2999, 5000, 65535)},
+}
+
+
+@BOTH
+@pytest.mark.parametrize("name", VIOLATIONS)
+def test_violation(serve, kind, name):
+    """What was valid is echoed first; then comes the right Close, and the end without a reset."""
+    code, sent = VIOLATIONS[name]
+    with Raw(serve(kind, max_size=300)) as raw:
+        frames = raw.send(GOOD, sent).frames()
+        assert frames[0] == whole(TEXT, b"good") and len(frames) == 2
+        assert close_code(frames) == code
+
+
+@pytest.mark.parametrize("code", [1000, 1003, 1007, 1014, 3000, 4999, None])
+def test_close_is_answered_with_its_code(serve, code):
+    payload = b"" if code is None else struct.pack("!H", code)
+    with Raw(serve()) as raw:
+        assert raw.send(client_frame(CLOSE, payload), GOOD).frames() == [whole(CLOSE, payload)]
+
+
+def test_max_size_also_bounds_short_messages(serve):
+    with Raw(serve(max_size=4)) as raw:
+        frames = raw.send(GOOD, client_frame(TEXT, b"toolong")).frames()
+        assert frames[0] == whole(TEXT, b"good") and close_code(frames) == 1009
+
+
+def test_one_byte_fragments_take_no_more_memory_than_their_message():
+    receiver = echoserver.Receiver(2**20)
+    list(receiver.feed(client_frame(BINARY, b"x", fin=False)))
+    for _ in range(1000):
+        assert not list(receiver.feed(client_frame(CONTINUATION, b"y", fin=False) * 50))
+    assert len(receiver._pieces) == 1
+
+
+# ==== The opening handshake ============================================================================
+
+def request(*changes, line=b"GET / HTTP/1.1"):
+    """The request with fields (b"Name: value") put in place of those of the same name; b"Name" takes one out."""
+    fields = dict(field.split(b": ", 1) for field in REQUEST.split(b"\r\n")[1:-2])
+    extra = []
+    for change in changes:
+        name, colon, value = change.partition(b": ")
+        fields.pop(name, None)
+        if colon:
+            extra.append(change)
+    return b"\r\n".join([line, *(b": ".join(field) for field in fields.items()), *extra, b"", b""])
+
+
+REFUSALS = {
+    "POST": (405, request(line=b"POST / HTTP/1.1"), b"Allow: GET"),
+    "garbage": (400, b"\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03 a TLS handshake", b""),
+    "lines without CR": (400, b"GET / HTTP/1.1\nHost: a\n\n", b""),
+    "request line": (400, request(line=b"GET /"), b""),
+    "fragment in the path": (400, request(line=b"GET /#x HTTP/1.1"), b""),
+    "HTTP/2": (400, request(line=b"PRI * HTTP/2.0"), b""),
+    "HTTP/1.0": (400, request(line=b"GET / HTTP/1.0"), b""),
+    "malformed field": (400, request(b"Bad Name: x"), b""),
+    "folded field": (400, request(b" folded: x"), b""),
+    "control character": (400, request(b"X: a\0b"), b""),
+    "cut off": (400, REQUEST[:-2], b""),
+    "no Host": (400, request(b"Host"), b""),
+    "two Hosts": (400, request(b"X: y\r\nHost: other"), b""),
+    "a body": (400, request(b"Content-Length: 5"), b""),
+    "a chunked body": (400, request(b"Transfer-Encoding: chunked"), b""),
+    "no Connection: Upgrade": (400, request(b"Connection: close"), b""),
+    "no key": (400, request(b"Sec-WebSocket-Key"), b""),
+    "short key": (400, request(b"Sec-WebSocket-Key: c2hvcnQ="), b""),
+    "two keys": (400, request(b"X: y\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="), b""),
+    "version 8": (426, request(b"Sec-WebSocket-Version: 8"), b"Sec-WebSocket-Version: 13"),
+    "no version": (426, request(b"Sec-WebSocket-Version"), b"Sec-WebSocket-Version: 13"),
+    "plain HTTP": (426, b"GET /favicon.ico HTTP/1.1\r\nHost: a\r\n\r\n", b"Upgrade: websocket"),
+    "bad subprotocol": (400, request(b"Sec-WebSocket-Protocol: chat, a b"), b""),
+    "empty subprotocol": (400, request(b"Sec-WebSocket-Protocol: "), b""),
+    "other origin": (403, request(b"Origin: http://evil.example"), b""),
+    "16 KiB and more": (431, REQUEST[:-2] + b"X: " + b"x" * 16384, b""),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_refusal(serve, name):
+    """A complete HTTP answer, then the end; and the connection never was a client."""
+    status, sent, field = REFUSALS[name]
+    server = serve(Recorder, origin=["http://good.example"])
+    with socket.create_connection(("127.0.0.1", server.port), PATIENCE) as sock:
+        sock.sendall(sent)
+        if name == "cut off":
+            sock.shutdown(socket.SHUT_WR)
+        response = http.client.HTTPResponse(sock)
+        response.begin()
+        body = response.read()
+        assert (response.status, response.getheader("Connection").split(",")[0]) == (status, "close")
+        assert response.getheader("Content-Type") == "text/plain; charset=utf-8" and body.endswith(b".\n")
+        assert response.getheader("Date") and b"\r" not in body and body.count(b"\n") == 1
+        assert not field or field in ("\r\n".join(map(": ".join, response.getheaders()))).encode()
+        assert sock.recv(1) == b""
+        response.close()
+    server.close()
+    assert server.calls == []
+
+
+@pytest.mark.parametrize("changes, line", [
+    ((), b"GET / HTTP/1.1"), ((b"Connection: keep-alive, upgrade", b"Upgrade: WebSocket"), b"GET /any/path?x=1 HTTP/1.1"),
+    ((b"Origin: http://good.example",), b"GET http://localhost/x HTTP/1.1"), ((b"Content-Length: 0",), b"GET / HTTP/1.1"),
+    ((b"X: \xe9  ",), b"GET / HTTP/1.1")])
+def test_accepted(serve, changes, line):
+    with Raw(serve(origin="http://good.example"), request(*changes, line=line)) as raw:
+        assert raw.head.startswith(b"HTTP/1.1 101 ") and b"Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n" in raw.head
+
+
+def test_client_dictionary(serve):
+    server = serve()
+    with Raw(server, request(b"Sec-WebSocket-Protocol: chat, superchat", b"User-Agent: a", b"X-Two: 1\r\nx-two: 2",
+                             line=b"GET /room?x=1 HTTP/1.1")) as raw:
+        assert b"Sec-WebSocket-Protocol: chat\r\n" in raw.head
+        (client,) = server.clients
+        assert (client["id"], client["path"], client["subprotocol"]) == (1, "/room?x=1", "chat")
+        assert client["address"] == raw.socket.getsockname()[:2]
+        headers = client["headers"]
+        assert headers["User-Agent"] == headers["user-agent"] == headers.get("USER-AGENT") == "a"
+        assert headers["x-two"] == "1, 2" and headers.get("none", 5) == 5
+        with pytest.raises(KeyError):
+            headers["none"]
+        assert server.handler_to_client(client["handler"]) is client
+
+
+def test_open_timeout_is_for_the_whole_request(serve):
+    """A byte now and then does not extend it."""
+    server = serve(open_timeout=0.3)
+    with socket.create_connection(("127.0.0.1", server.port), PATIENCE) as sock:
+        begin = time.monotonic()
+        sock.settimeout(0.05)
+        answer = b""
+        while not answer:
+            with contextlib.suppress(socket.timeout):
+                sock.sendall(b"G")
+                answer = sock.recv(4096)
+        assert answer.startswith(b"HTTP/1.1 408 ") and 0.25 < time.monotonic() - begin < 3
+
+
+def test_gone_before_the_request_ends(serve, caplog):
+    server = serve(Recorder)
+    socket.create_connection(("127.0.0.1", server.port)).close()
+    wait_for(lambda: not server.server._connections)
+    assert server.calls == [] and not caplog.records
