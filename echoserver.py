@@ -349,7 +349,7 @@ class Server(WebsocketServer):
                     self.process_request(request, client_address)
                 except socket.timeout:
                     pass  # look whether to stop
-                except (OSError, RuntimeError) as error:  # out of files, of memory or of threads
+                except (OSError, RuntimeError, MemoryError) as error:  # out of files, of threads or of memory
                     if not self._stopping:
                         self._wait_for_room(error)
         finally:
@@ -378,7 +378,7 @@ class Server(WebsocketServer):
                 thread.start()
             else:
                 request.close()
-        except RuntimeError:
+        except (RuntimeError, MemoryError):
             self.leave(connection)
             self.forget(connection)
             request.close()
@@ -536,6 +536,7 @@ class Connection(WebSocketHandler):
     closing = False  # a Close was sent, or the connection broke: nothing more is; guarded by _send_lock
     _fragmenting = False  # a fragmented message is on its way out; guarded by _send_lock
     _close_deadline = 0.0  # when to stop waiting for the peer's Close, once ours was sent
+    _linger = float("inf")  # seconds for which the client may go on sending after our end; close_timeout at most
     _room = 4096  # bytes to receive at once: more as soon as that many came, this again after a silence
 
     def __init__(self, request: socket.socket, client_address: Any, server: Server) -> None:
@@ -636,6 +637,7 @@ class Connection(WebSocketHandler):
             for opcode, pieces in receiver.feed(data) if data else ():
                 if opcode == CLOSE:
                     server.leave(self)  # before the answer: a client that has it is on no list any more
+                    self._linger = 0 if self.closing else 1
                     self.close_within(-1, bytes(pieces[0][:2]))
                     return
                 self._take(opcode, pieces)
@@ -677,11 +679,13 @@ class Connection(WebSocketHandler):
                 if remaining <= 0:
                     return b""
                 set_timeout(self.request, socket.SO_RCVTIMEO, min(remaining, server.tick))
-            elif pinged and server.ping_timeout and silence >= server.ping_interval + server.ping_timeout:
+            elif pinged and silence >= server.ping_interval + server.ping_timeout:
                 self._fail(1011, "no answer to a Ping")
                 return b""
-            elif server.ping_interval and silence >= server.ping_interval and not pinged:
-                pinged = self.send_ping()
+            elif server.ping_interval and not pinged and silence >= server.ping_interval:
+                self.send_ping()
+                pinged = server.ping_timeout > 0
+                silence = silence if pinged else 0
             try:
                 return self.stream.recv(self._room)
             except (BlockingIOError, TimeoutError):
@@ -700,7 +704,9 @@ class Connection(WebSocketHandler):
         """End the connection: our half first, then, when the client has ended its own, the rest.
 
         A socket that is closed with bytes unread sends a reset, which may destroy the Close or the answer
-        on its way; so what still comes is read, and thrown away, until the client ends or time is up.
+        on its way; so what still comes is read, and thrown away, until the client ends or time is up. That is
+        soon where the client has sent a Close, after which it sends nothing, and at once where that was the
+        answer to ours.
         """
         server = self.server
         server.leave(self)
@@ -715,7 +721,7 @@ class Connection(WebSocketHandler):
             except Exception:
                 logger.exception("client_left raised, after client %d had left:", self.client["id"])
         with contextlib.suppress(OSError):
-            deadline = time.monotonic() + server.close_timeout
+            deadline = time.monotonic() + min(self._linger, server.close_timeout)
             while receive_by(self.request, deadline, LONG):
                 pass
         server.cut(self)

@@ -433,3 +433,464 @@ def test_gone_before_the_request_ends(serve, caplog):
     socket.create_connection(("127.0.0.1", server.port)).close()
     wait_for(lambda: not server.server._connections)
     assert server.calls == [] and not caplog.records
+
+
+# ==== The life of a connection =========================================================================
+
+def test_calls_in_order_and_in_the_connections_own_thread(serve):
+    threads = []
+
+    class Threads(Recorder):
+        def new_client(self, client, server):
+            threads.append(threading.current_thread())
+            super().new_client(client, server)
+
+        def client_left(self, client, server):
+            threads.append(threading.current_thread())
+            super().client_left(client, server)
+
+    server = serve(Threads)
+    client = websocket.create_connection(server.url, timeout=PATIENCE)
+    assert [c["id"] for c in server.clients] == [1]
+    client.close()
+    assert server.clients == []  # whoever has the answer to its Close is on no list any more
+    assert server.changed.wait(PATIENCE)
+    assert server.calls == [("new", 1, True), ("left", 1, False)]
+    assert threads[0] is threads[1] is not threading.main_thread()
+
+
+@pytest.mark.parametrize("how", ["reset", "end", "end in mid-frame", "half-close", "unread"])
+def test_gone_without_a_close(serve, caplog, how):
+    server = serve(Recorder)
+    with Raw(server) as raw:
+        raw.send(GOOD)
+        if how != "unread":
+            assert raw.frame() == whole(TEXT, b"good")
+        if how == "end in mid-frame":
+            raw.send(GOOD[:4])
+        if how == "reset":
+            raw.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        if how == "half-close":
+            raw.send(GOOD, GOOD).socket.shutdown(socket.SHUT_WR)
+            assert raw.frames() == [whole(TEXT, b"good")] * 2
+    assert server.changed.wait(PATIENCE)
+    assert server.calls == [("new", 1, True), ("left", 1, False)] and not caplog.records
+
+
+def test_silence_is_pinged_and_any_traffic_is_a_sign_of_life(serve):
+    server = serve(Recorder, ping_interval=0.1, ping_timeout=0.2)
+    with Raw(server) as lively, Raw(server) as silent:
+        for _ in range(6):
+            assert lively.frame() == whole(PING)
+            lively.send(client_frame(PONG))
+        assert [frame for frame in silent.frames() if frame != whole(PING)] == [
+            whole(CLOSE, struct.pack("!H", 1011) + b"no answer to a Ping")]
+        assert server.changed.wait(PATIENCE) and [c["id"] for c in server.clients] == [1]
+
+
+def test_pings_without_a_timeout(serve):
+    with Raw(serve(ping_interval=0.03, ping_timeout=0)) as raw:
+        assert [raw.frame() for _ in range(4)] == [whole(PING)] * 4
+        assert raw.send(GOOD).frame() == whole(TEXT, b"good")
+
+
+@pytest.mark.parametrize("name", ["new_client", "message_received", "client_left"])
+def test_exception_in_an_override(serve, caplog, name):
+    """It is logged with its traceback, its client gets Close 1011, and the others notice nothing."""
+    class Faulty(Recorder):
+        pass
+
+    def fail(self, client, server, *message):
+        if client["id"] == 2:
+            raise ConnectionError("on purpose")
+        getattr(Recorder, name)(self, client, server, *message)
+
+    setattr(Faulty, name, fail)
+    server = serve(Faulty)
+    with Raw(server) as good, Raw(server) as bad:
+        frames = bad.send(GOOD, GOOD, client_frame(CLOSE)).frames()
+        if name == "client_left":
+            assert frames == [whole(TEXT, b"good")] * 2 + [whole(CLOSE)]
+        else:
+            assert close_code(frames) == 1011 and len(frames) == 1
+        assert good.send(GOOD).frame() == whole(TEXT, b"good")
+    server.close()
+    (record,) = caplog.records
+    assert "client 2" in record.getMessage() and "on purpose" in caplog.text and "Traceback" in caplog.text
+
+
+def test_what_an_override_sends_is_on_the_wire_before_it_blocks(serve):
+    go_on = threading.Event()
+
+    class Blocking(EchoServer):
+        def message_received(self, client, server, message):
+            server.send_message(client, message)
+            assert go_on.wait(PATIENCE)
+
+    with Raw(serve(Blocking)) as raw:
+        assert raw.send(GOOD, GOOD).frame() == whole(TEXT, b"good")
+        go_on.set()
+        assert raw.frame() == whole(TEXT, b"good")
+
+
+def test_sending_from_many_threads(serve):
+    """No frame is torn by another."""
+    server = serve()
+    with Raw(server) as raw:
+        (client,) = server.clients
+        payloads = [bytes([65 + i]) * size for i, size in enumerate((1, 300, 70000, 200000))]
+        threads = [threading.Thread(target=lambda p=p: [server.send_message(client, p) for _ in range(50)]) for p in payloads]
+        for thread in threads:
+            thread.start()
+        got = [raw.frame() for _ in range(50 * len(payloads))]
+        for thread in threads:
+            thread.join()
+        assert sorted(got) == sorted([whole(BINARY, p) for p in payloads] * 50)
+
+
+def test_sending_by_hand(serve):
+    server = serve()
+    with Raw(server) as raw:
+        (client,) = server.clients
+        handler = client["handler"]
+
+        def between():
+            yield "é"
+            handler.send_ping(b"?")
+            with pytest.raises(RuntimeError, match="5.4"):
+                handler.send_message("no")
+            yield "!"
+
+        assert handler.send_text("a") and handler.send_text(b"b") and handler.send_text("c", PING) and handler.send_pong("d")
+        assert handler.send_message(bytearray(b"e")) and handler.send_fragments(between()) and handler.send_fragments([])
+        assert handler.send_fragments([b"f"]) and handler.send_frame(BINARY, b"g", fin=False)
+        assert [raw.frame() for _ in range(13)] == [
+            whole(TEXT, b"a"), whole(TEXT, b"b"), whole(PING, b"c"), whole(PONG, b"d"), whole(BINARY, b"e"),
+            (0, TEXT, "é".encode()), whole(PING, b"?"), (0, CONTINUATION, b"!"), whole(CONTINUATION), whole(BINARY),
+            (0, BINARY, b"f"), whole(CONTINUATION), (0, BINARY, b"g")]
+        for wrong, error in ((lambda: server.send_message(client, 5), TypeError), (lambda: handler.send_ping(b"x" * 126), ValueError),
+                             (lambda: handler.send_close(1005), ValueError), (lambda: handler.send_close(1000, "x" * 124), ValueError),
+                             (lambda: server.send_message(client, "\ud800"), UnicodeEncodeError),
+                             (lambda: handler.send_close(1000, b"\xff"), UnicodeDecodeError)):
+            with pytest.raises(error):
+                wrong()
+        with pytest.raises(TypeError):
+            handler.send_fragments(["text", b"binary"])
+        assert (raw.frame(), raw.frame()) == ((0, TEXT, b"text"), whole(CLOSE, struct.pack("!H", 1011) + b"internal error"))
+        assert raw.send(client_frame(CLOSE)).frames() == []
+        assert not handler.send_message("late") and not handler.send_close() and not server.send_message(client, "late")
+
+
+@pytest.mark.parametrize("last_words", [b"", b"\x81\x7e"])
+def test_abort(serve, last_words):
+    class Rude(Recorder):
+        def message_received(self, client, server, message):
+            super().message_received(client, server, message)
+            client["handler"].abort(last_words)
+
+    server = serve(Rude)
+    with Raw(server) as raw:
+        assert raw.send(GOOD, GOOD).frame() == whole(TEXT, b"good")
+        assert raw.file.read() == last_words
+    assert server.changed.wait(PATIENCE) and server.messages == ["good"]
+
+
+def test_nothing_is_taken_after_a_close_was_sent(serve):
+    class Closing(Recorder):
+        def message_received(self, client, server, message):
+            super().message_received(client, server, message)
+            client["handler"].send_close(3333, "enough")
+
+    server = serve(Closing)
+    with Raw(server) as raw:
+        assert raw.send(GOOD, GOOD, client_frame(PING)).frame() == whole(TEXT, b"good")
+        assert raw.frame() == whole(CLOSE, struct.pack("!H", 3333) + b"enough")
+        assert [c["id"] for c in server.clients] == [1]  # the closing handshake is not over
+        assert raw.send(GOOD, client_frame(CLOSE)).frames() == [] and server.messages == ["good"]
+
+
+@pytest.mark.parametrize("kind", [EchoServer, Recorder])
+def test_a_close_that_is_not_answered_ends_after_close_timeout(serve, kind):
+    server = serve(kind, close_timeout=0.2)
+    with Raw(server) as raw:
+        begin = time.monotonic()
+        server.disconnect_clients_gracefully(4000, b"bye")
+        assert raw.frames() == [whole(CLOSE, struct.pack("!H", 4000) + b"bye")] and time.monotonic() - begin < 3
+        wait_for(lambda: server.clients == [])
+
+
+def test_a_client_that_does_not_read_is_dropped(serve, monkeypatch):
+    """It holds back nobody else, and takes no more memory than the message it is sent."""
+    monkeypatch.setattr(echoserver.Server, "send_timeout", 0.3)
+    server = serve(Recorder)
+    with Raw(server) as stuck, Raw(server) as other:
+        stuck.socket.settimeout(0.2)
+        with contextlib.suppress(OSError):
+            while True:
+                stuck.send(client_frame(BINARY, b"x" * 65536, key=b"\0\0\0\0") * 8)
+        assert other.send(GOOD).frame() == whole(TEXT, b"good")
+        assert server.changed.wait(PATIENCE) and [c["id"] for c in server.clients] == [2]
+
+
+# ==== The life of the server ===========================================================================
+
+def test_close_sends_1001_and_leaves_nothing(serve):
+    server = serve(Recorder)
+    with contextlib.ExitStack() as stack:
+        raws = [stack.enter_context(Raw(server)) for _ in range(20)]
+        closing = threading.Thread(target=server.close)
+        closing.start()
+        for raw in raws:
+            assert raw.frame() == whole(CLOSE, struct.pack("!H", 1001))
+            raw.send(client_frame(CLOSE, struct.pack("!H", 1001)))
+            assert raw.frames() == []
+        closing.join()
+        assert server.closed.is_set() and server.clients == [] and len(server.calls) == 40
+        server.close()
+        with pytest.raises(ConnectionError):
+            socket.create_connection(("127.0.0.1", server.port))
+        with pytest.raises(RuntimeError):
+            server.serve_forever()
+
+
+def test_close_cuts_who_does_not_answer_in_time(serve, monkeypatch, caplog):
+    """Silent, opening, and stuck in a send: all are gone when close() returns, and it returns in time."""
+    server = serve(close_timeout=1)
+    with Raw(server), Raw(server) as stuck, socket.create_connection(("127.0.0.1", server.port)):
+        stuck.socket.settimeout(0.2)
+        with contextlib.suppress(OSError):
+            while True:
+                stuck.send(client_frame(BINARY, b"x" * 65536, key=b"\0\0\0\0") * 8)
+        begin = time.monotonic()
+        server.close()
+        assert 0.5 < time.monotonic() - begin < 1 and not caplog.records
+
+
+def test_close_in_an_override(serve):
+    """Of the thread that calls it, close() cannot wait for the end; of all others it does. A second call waits
+    for the first, but not where that would wait for it."""
+    class Quit(EchoServer):
+        def message_received(self, client, server, message):
+            self.close(4001, message)
+            self.close()
+
+        def client_left(self, client, server):
+            self.close()
+
+    server = serve(Quit)
+    with Raw(server) as one, Raw(server) as other:
+        one.send(GOOD)
+        for raw in (one, other):
+            assert raw.frame() == whole(CLOSE, struct.pack("!H", 4001) + b"good")
+            raw.send(client_frame(CLOSE))
+        assert one.frames() == other.frames() == []
+        assert server.closed.wait(PATIENCE)
+
+
+def test_an_override_that_does_not_return_is_left(serve, caplog):
+    go_on = threading.Event()
+
+    class Stuck(EchoServer):
+        def message_received(self, client, server, message):
+            server.send_message(client, message)
+            go_on.wait(PATIENCE)
+
+    server = serve(Stuck, close_timeout=0.1)
+    with Raw(server) as raw:
+        assert raw.send(GOOD).frame() == whole(TEXT, b"good")
+        server.close()
+        assert [r.getMessage() for r in caplog.records] == ["closed, but 1 threads are still in an override"]
+        go_on.set()
+
+
+def test_close_before_the_start_and_in_every_order():
+    never = EchoServer(port=0)
+    never.close()
+    assert never.closed.is_set()
+    twice = EchoServer(port=0, host="127.0.0.1")
+    twice.start()
+    with twice:
+        Raw(twice).close()
+    with pytest.raises(ValueError):
+        EchoServer.close(twice, 1006)
+
+
+def test_serve_forever_returns_when_all_is_closed():
+    server = EchoServer(port=0, host="127.0.0.1")
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    with Raw(server) as raw:
+        threading.Thread(target=server.close).start()
+        assert raw.frame() == whole(CLOSE, struct.pack("!H", 1001))
+        assert thread.is_alive()
+    thread.join(PATIENCE)
+    assert server.closed.is_set() and not thread.is_alive()
+
+
+def test_the_interface_of_websocket_server(serve):
+    server = serve(Recorder)
+    with Raw(server) as one, Raw(server) as two:
+        server.send_message_to_all("all")
+        assert one.frame() == two.frame() == whole(TEXT, b"all")
+        server.deny_new_connections(1013, b"later")
+        with Raw(server) as denied:
+            assert denied.frames() == [whole(CLOSE, struct.pack("!H", 1013) + b"later")]
+        server.allow_new_connections()
+        server.disconnect_clients_gracefully()
+        for raw in (one, two):
+            assert raw.frame() == whole(CLOSE, struct.pack("!H", 1000))
+            assert raw.send(client_frame(CLOSE)).frames() == []
+        with Raw(server) as three:
+            server.disconnect_clients_abruptly()
+            assert three.frames() == []
+        with Raw(server) as four:
+            threading.Thread(target=server.shutdown_gracefully, args=(1012, b"back soon")).start()
+            assert four.frame() == whole(CLOSE, struct.pack("!H", 1012) + b"back soon")
+            assert four.send(client_frame(CLOSE)).frames() == []
+    server.close()
+    assert len(server.calls) == 8
+
+
+def test_shutdown_abruptly_and_run_forever():
+    server = EchoServer(port=0, host="127.0.0.1")
+    server.run_forever(threaded=True)
+    with Raw(server) as raw:
+        server.shutdown_abruptly()
+        assert raw.frames() == [] and server.closed.is_set()
+
+    interrupted = EchoServer(port=0, host="127.0.0.1")
+    interrupted.server._wait_for_room = interrupted.server.process_request = lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+    socket.create_connection(("127.0.0.1", interrupted.port)).close()
+    interrupted.run_forever()
+    assert interrupted.closed.is_set()
+
+
+def test_callbacks_can_be_registered_as_websocket_server_does(serve):
+    server = serve()
+    server.set_fn_message_received(lambda client, server, message: server.send_message(client, message[::-1]))
+    with Raw(server) as raw:
+        assert raw.send(GOOD).frame() == whole(TEXT, b"doog")
+
+
+def test_max_clients(serve):
+    """Over it 503 with Retry-After; those in their opening handshake count; who is gone leaves room at once."""
+    server = serve(max_clients=2)
+    with Raw(server) as one, socket.create_connection(("127.0.0.1", server.port)):
+        wait_for(lambda: server.server._slots == 2)
+        with socket.create_connection(("127.0.0.1", server.port), PATIENCE) as third:
+            third.sendall(REQUEST)
+            answer = b"".join(iter(lambda: third.recv(4096), b""))
+            assert answer.startswith(b"HTTP/1.1 503 ") and b"\r\nRetry-After: 5\r\n" in answer
+        assert one.send(client_frame(CLOSE)).frame() == whole(CLOSE)
+        with Raw(server) as fourth:
+            assert fourth.send(GOOD).frame() == whole(TEXT, b"good")
+
+
+def test_far_over_max_clients_connections_are_dropped(serve, monkeypatch):
+    monkeypatch.setattr(echoserver.Server, "spare_threads", 0)
+    server = serve(max_clients=1)
+    with Raw(server), socket.create_connection(("127.0.0.1", server.port), PATIENCE) as second:
+        assert second.recv(1) == b""
+
+
+def test_out_of_threads(serve, monkeypatch, caplog):
+    """The server keeps what it has, says so once, and goes on when there is room."""
+    server = serve()
+
+    def no_room(self):
+        raise RuntimeError("can't start new thread")
+
+    with Raw(server) as before:
+        monkeypatch.setattr(echoserver.threading.Thread, "start", no_room)
+        for _ in range(3):
+            with socket.create_connection(("127.0.0.1", server.port), PATIENCE) as refused:
+                assert refused.recv(1) == b""
+        monkeypatch.undo()
+        assert before.send(GOOD).frame() == whole(TEXT, b"good")
+        with Raw(server) as after:
+            assert after.send(GOOD).frame() == whole(TEXT, b"good")
+    assert [record.getMessage() for record in caplog.records] == [
+        "no room for another connection: can't start new thread; 1 stay, new ones wait"]
+
+
+def test_out_of_files(serve, caplog):
+    """A real limit: the server keeps what it has, waits without spinning, and accepts when there is room."""
+    resource = pytest.importorskip("resource", reason="this system has no such limit")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    server = serve()
+    with Raw(server) as before:
+        with socket.socket() as free:
+            lowest = free.fileno()  # the next file takes this number
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + 1, limits[1]))
+        try:
+            with socket.create_connection(("127.0.0.1", server.port), PATIENCE) as waiting:
+                wait_for(lambda: caplog.records)
+                used = time.process_time()
+                assert before.send(GOOD).frame() == whole(TEXT, b"good")
+                waiting.settimeout(0.2)
+                with pytest.raises(socket.timeout):
+                    waiting.recv(1)
+                assert time.process_time() - used < 0.1
+                resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+                waiting.settimeout(PATIENCE)
+                waiting.sendall(REQUEST)
+                assert waiting.recv(12) == b"HTTP/1.1 101"
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert len(caplog.records) == 1 and "Too many open files" in caplog.text
+
+
+@pytest.mark.skipif(not hasattr(socket, "SO_REUSEPORT"), reason="this system cannot share a port")
+def test_reuse_port(serve, monkeypatch):
+    server = serve(reuse_port=True)
+    with EchoServer(port=server.port, host="127.0.0.1", reuse_port=True) as second:
+        assert second.port == server.port
+    monkeypatch.delattr(socket, "SO_REUSEPORT")
+    with pytest.raises(OSError, match="cannot share a port"):
+        EchoServer(port=0, reuse_port=True)
+
+
+@pytest.mark.parametrize("host, url, address", [
+    ("0.0.0.0", "ws://127.0.0.1:", "127.0.0.1"), ("localhost", "ws://localhost:", "localhost"), ("", "ws://127.0.0.1:", "127.0.0.1"),
+    ("::", "ws://[::1]:", "::1"), ("::", "ws://[::1]:", "127.0.0.1"), ("::1", "ws://[::1]:", "::1")])
+def test_hosts(host, url, address):
+    if ":" in host and not socket.has_ipv6:
+        pytest.skip("no IPv6 here")
+    with EchoServer(0, host=host) as server:
+        assert server.url == url + str(server.port)
+        socket.create_connection((address, server.port)).close()
+        client = websocket.create_connection(server.url, timeout=PATIENCE)
+        client.send("hi")
+        assert client.recv() == "hi"
+        client.close()
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"port": 70000}, "port must be from 0 to 65535, not 70000"), ({"max_clients": 0}, "max_clients must be"),
+    ({"ping_interval": float("nan")}, "ping_interval must be"), ({"open_timeout": 0}, "open_timeout must be")])
+def test_options_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        EchoServer(**{"port": 0, **options})
+
+
+def test_debug_output(serve, caplog):
+    server = serve(debug=True)
+    with contextlib.closing(websocket.create_connection(server.url, timeout=PATIENCE)) as client:
+        for message in ("hi\n\x1b[31m\u202e", "x" * 1000):
+            client.send(message)
+            client.recv()
+        client.send_binary(b"\0hi")
+        client.recv()
+    server.close()
+    number = server.server.id_counter
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines[0] == "Echoserver listening on port %d" % server.port
+    assert re.fullmatch(r"newConnection: client 1 from 127.0.0.1 port \d+", lines[1]) and number == 1
+    assert lines[2:] == [
+        r"Message received: client 1: 'hi\n\x1b[31m\u202e' (9 characters)",
+        "Message received: client 1: '%s' … '%s' (1000 characters)" % ("x" * 40, "x" * 20),
+        r"Binary Message received: client 1: b'\x00hi' (3 bytes)", "socketDisconnected: client 1"]
+
+
+def test_no_attribute_of_a_server_that_could_not_be_made():
+    assert not hasattr(EchoServer.__new__(EchoServer), "port")
