@@ -201,7 +201,7 @@ def command_line() -> CommandLine:
     parser = CommandLine(prog="echoserver", argument_default=argparse.SUPPRESS,
                          description="A WebSocket echo server: every message goes back to its sender.")
     option = parser.add_argument
-    option("port", nargs="?", type=int, help="port to listen on, 0 for a free one (default 1234)")
+    option("port", nargs="?", type=int, default=1234, help="port to listen on, 0 for a free one (default 1234)")
     option("--host", help="address to listen on (default 0.0.0.0; :: for IPv6 and IPv4)")
     option("-d", "--debug", action="store_true", help="show connections and messages, shortened")
     option("--max-size", type=int, metavar="BYTES", help="longest message taken (default 16 MiB)")
@@ -737,9 +737,8 @@ class Connection(WebSocketHandler):
             return False
         try:
             if not self.closing:
-                self._close_deadline = time.monotonic() + self.server.close_timeout
+                self.closing, self._close_deadline = True, time.monotonic() + self.server.close_timeout
                 self._write(frame(CLOSE, payload), 0 if patience < 0 else getattr(socket, "MSG_DONTWAIT", 0))
-                self.closing = True
         finally:
             self._send_lock.release()
         return True

@@ -37,6 +37,7 @@ from echoserver import BINARY, CLOSE, CONTINUATION, PING, PONG, TEXT, EchoServer
 
 HERE = pathlib.Path(__file__).resolve().parent
 PATIENCE = 10  # seconds after which a wait has failed; none of them is waited for in a passing test
+README = (HERE / "README.md").read_text(encoding="utf-8")
 KEY = b"\x37\xfa\x21\x3d"
 REQUEST = (b"GET / HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
            b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n")
@@ -894,3 +895,341 @@ def test_debug_output(serve, caplog):
 
 def test_no_attribute_of_a_server_that_could_not_be_made():
     assert not hasattr(EchoServer.__new__(EchoServer), "port")
+
+
+# ==== Compression (RFC 7692) ===========================================================================
+
+DEFLATE = "permessage-deflate"
+
+
+@pytest.mark.parametrize("offers, answer", [
+    ([DEFLATE], DEFLATE),
+    ([DEFLATE + "; client_max_window_bits"], DEFLATE),
+    ([DEFLATE + "; client_max_window_bits=10"], DEFLATE + "; client_max_window_bits=10"),
+    ([DEFLATE + '; server_max_window_bits="9" ;server_no_context_takeover'],
+     DEFLATE + "; server_max_window_bits=9; server_no_context_takeover"),
+    ([DEFLATE + "; client_no_context_takeover; server_max_window_bits=8"],
+     DEFLATE + "; client_no_context_takeover; server_max_window_bits=8"),
+    (["x-unknown, " + DEFLATE + "; unknown, " + DEFLATE], DEFLATE),
+    ([DEFLATE + "; server_max_window_bits=7", DEFLATE + "; client_no_context_takeover"], DEFLATE + "; client_no_context_takeover"),
+    ([DEFLATE + "; server_max_window_bits"], None), ([DEFLATE + "; server_max_window_bits=16"], None),
+    ([DEFLATE + "; server_max_window_bits=09"], None), ([DEFLATE + "; server_max_window_bits=9\""], None),
+    ([DEFLATE + "; server_no_context_takeover=1"], None), ([DEFLATE + "; server_no_context_takeover" * 2], None),
+    ([DEFLATE + ";"], None), ([",, ;="], None), (["x-" + DEFLATE], None)])
+def test_negotiation(serve, offers, answer):
+    """An offer that cannot be taken is declined, and never fails the handshake."""
+    with Raw(serve(), request(*(b"X: %d\r\nSec-WebSocket-Extensions: %s" % pair for pair in enumerate(map(str.encode, offers))))) as raw:
+        found = re.search(b"Sec-WebSocket-Extensions: (.*)\r\n", raw.head)
+        assert (found and found[1].decode()) == answer
+        assert raw.send(GOOD).frame() == whole(TEXT, b"good")
+
+
+def deflater(bits=15):
+    stream = zlib.compressobj(wbits=-bits)
+    return lambda payload: (stream.compress(payload) + stream.flush(zlib.Z_SYNC_FLUSH))[:-4]
+
+
+@contextlib.contextmanager
+def compressing(server, parameters=b""):
+    with Raw(server, request(b"Sec-WebSocket-Extensions: permessage-deflate" + parameters)) as raw:
+        yield raw
+
+
+@BOTH
+@pytest.mark.parametrize("parameters, forgets", [
+    (b"", False), (b"; server_no_context_takeover; client_no_context_takeover", True),
+    (b"; server_max_window_bits=8; client_max_window_bits=8", False)])
+def test_compressed_messages(serve, kind, parameters, forgets):
+    with compressing(serve(kind), parameters) as raw:
+        assert raw.send(GOOD).frame() == whole(TEXT, b"good")  # a client that does not compress gets it plain
+        deflate, inflater = deflater(9 if b"bits" in parameters else 15), zlib.decompressobj(-8 if b"bits" in parameters else -15)
+        data = random.Random(3).getrandbits(8 * 3000).to_bytes(3000, "big")
+        for payload in (b"", b"again and again", b"again and again", data * 2, b"x" * 200000, data[:600] * 100):
+            if forgets:
+                deflate, inflater = deflater(), zlib.decompressobj(-15)
+            message = deflate(payload)
+            cut = len(message) // 2
+            raw.send(client_frame(BINARY, message[:cut], fin=False, rsv=4), client_frame(PING), client_frame(CONTINUATION, message[cut:]))
+            assert raw.frame() == whole(PONG)
+            flags, opcode, answer = raw.frame()
+            assert (flags, opcode) == (0xC0, BINARY)
+            assert inflater.decompress(answer + b"\0\0\xff\xff") == payload
+        raw.send(client_frame(TEXT, deflate("é".encode()), rsv=4))
+        assert raw.frame()[:2] == (0xC0, TEXT)
+
+
+def test_a_client_that_never_compresses_costs_no_compressor(serve):
+    server = serve()
+    with compressing(server) as raw:
+        raw.send(GOOD).frame()
+        compression = server.clients[0]["handler"].compression
+        assert compression._inflater is None and compression._deflater is None
+
+
+def test_no_compression(serve):
+    with compressing(serve(compression=False)) as raw:
+        assert b"Sec-WebSocket-Extensions" not in raw.head
+        assert close_code(raw.send(client_frame(TEXT, b"x", rsv=4)).frames()) == 1002
+
+
+FINAL = zlib.compressobj(wbits=-15)
+FINAL = FINAL.compress(b"Hello") + FINAL.flush()  # its last block has BFINAL set
+
+
+@pytest.mark.parametrize("code, sent", [
+    (1002, client_frame(PING, b"x", rsv=4)),
+    (1002, client_frame(TEXT, b"\0", fin=False, rsv=4) + client_frame(CONTINUATION, b"\0", rsv=4)),
+    (1007, client_frame(BINARY, b"\xff\xff\xff", rsv=4)),
+    (1007, client_frame(TEXT, deflater()(b"caf\xe9 au lait") * 50, fin=False, rsv=4)),
+    (1007, client_frame(BINARY, FINAL * 3, rsv=4)),
+    (1009, client_frame(BINARY, deflater()(b"\0" * 2**26), rsv=4)),
+    (1009, client_frame(BINARY, deflater()(bytes(200)) + b"\0\0\xff\xff", fin=False, rsv=4)
+     + client_frame(CONTINUATION, deflater()(bytes(200))))])
+def test_compressed_violation(serve, code, sent):
+    with compressing(serve(max_size=300)) as raw:
+        frames = raw.send(GOOD, sent).frames()
+        assert frames[0] == whole(TEXT, b"good") and close_code(frames) == code and len(frames) == 2
+
+
+def test_a_bomb_never_gets_its_memory():
+    bomb, compression = deflater()(b"\0" * 2**27), echoserver.PerMessageDeflate()
+    tracemalloc = pytest.importorskip("tracemalloc")
+    tracemalloc.start()
+    try:
+        with pytest.raises(echoserver.ProtocolError):
+            list(echoserver.Receiver(2**20, compression).feed(client_frame(BINARY, bomb, rsv=4)))
+        assert tracemalloc.get_traced_memory()[1] < 2**23
+    finally:
+        tracemalloc.stop()
+
+
+def test_block_with_bfinal(serve):
+    """RFC 7692 section 7.2.3.4."""
+    with compressing(serve()) as raw:
+        for _ in range(2):
+            assert raw.send(client_frame(TEXT, FINAL + b"\0", rsv=4)).frame()[:2] == (0xC0, TEXT)
+        assert raw.send(client_frame(TEXT, bytes.fromhex("f248cdc9c90700"), rsv=4)).frame()[:2] == (0xC0, TEXT)
+
+
+# ==== TLS ==============================================================================================
+
+@pytest.fixture(scope="session")
+def certificate():
+    """The README's command makes a certificate: (certificate file, key file)."""
+    if not shutil.which("openssl"):
+        pytest.skip("no openssl here to make a certificate with")
+    (command,) = re.findall(r"^openssl req .*?[^\\]$", README, re.M | re.S)
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(command, shell=True, cwd=folder, check=True, stderr=subprocess.DEVNULL)
+        yield os.path.join(folder, "cert.pem"), os.path.join(folder, "key.pem")
+
+
+@pytest.fixture
+def tls(certificate, serve):
+    return lambda kind=EchoServer, **options: serve(kind, ssl_context=echoserver.tls_context(*certificate), **options)
+
+
+def trusting(certificate):
+    return ssl.create_default_context(cafile=certificate[0])
+
+
+@BOTH
+def test_tls(tls, certificate, kind):
+    server = tls(kind)
+    assert server.url.startswith("wss://")
+    client = websocket.create_connection(server.url.replace("127.0.0.1", "localhost"), timeout=PATIENCE,
+                                         sslopt={"ca_certs": certificate[0]})
+    for message in ("hi", "x" * 70000, b"", b"y" * 2**20):
+        (client.send if isinstance(message, str) else client.send_binary)(message)
+        assert client.recv() == message
+    client.close()
+    with Raw(server, context=trusting(certificate)) as raw:
+        assert close_code(raw.send(GOOD, client_frame(TEXT, b"\xff")).frames()) == 1007  # and a clean end, by close_notify
+        assert raw.socket.version() in ("TLSv1.2", "TLSv1.3")
+
+
+def test_tls_while_others_send(tls, certificate):
+    """Other threads send while the connection's own receives and echoes; no record is torn."""
+    server = tls()
+    with Raw(server, context=trusting(certificate)) as raw:
+        (client,) = server.clients
+        threads = [threading.Thread(target=lambda: [server.send_message(client, b"z" * 40000) for _ in range(30)]) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        raw.send(*[client_frame(TEXT, b"a" * 2000)] * 50)
+        got = [raw.frame() for _ in range(140)]
+        for thread in threads:
+            thread.join()
+        assert got.count(whole(BINARY, b"z" * 40000)) == 90 and got.count(whole(TEXT, b"a" * 2000)) == 50
+
+
+def test_openssl_s_client(tls):
+    server = tls()
+    process = subprocess.Popen(["openssl", "s_client", "-quiet", "-connect", "127.0.0.1:%d" % server.port], stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    with process:
+        process.stdin.write(REQUEST + GOOD)
+        process.stdin.flush()
+        while process.stdout.readline() not in (b"\r\n", b""):
+            pass
+        assert process.stdout.read(6) == b"\x81\x04good"
+        process.stdin.write(client_frame(CLOSE))
+        process.stdin.flush()
+        assert process.stdout.read(2) == b"\x88\x00"
+        process.stdin.close()
+        assert process.wait(PATIENCE) == 0
+
+
+def test_clear_text_to_the_tls_port_is_dropped_quietly(tls, caplog):
+    server = tls(Recorder)
+    with socket.create_connection(("127.0.0.1", server.port), PATIENCE) as sock:
+        sock.sendall(REQUEST)
+        assert b"HTTP" not in b"".join(iter(lambda: sock.recv(4096), b""))
+    server.close()
+    assert server.calls == [] and not caplog.records
+
+
+def test_a_silent_tls_client_holds_up_nobody(tls, certificate):
+    server = tls(open_timeout=0.3)
+    with socket.create_connection(("127.0.0.1", server.port), PATIENCE) as silent:
+        with Raw(server, context=trusting(certificate)) as raw:
+            assert raw.send(GOOD).frame() == whole(TEXT, b"good")
+        assert silent.recv(1) == b""
+    with socket.create_connection(("127.0.0.1", server.port), PATIENCE) as half:
+        half.sendall(b"\x16\x03\x01")
+        half.shutdown(socket.SHUT_WR)
+        assert b"HTTP" not in half.recv(100)
+
+
+def test_tls_client_that_vanishes(tls, certificate):
+    server = tls(Recorder)
+    raw = Raw(server, context=trusting(certificate))
+    raw.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    raw.close()
+    assert server.changed.wait(PATIENCE)
+    with Raw(server, context=trusting(certificate)) as raw:
+        socket.socket.sendall(raw.socket, b"this is no TLS record")
+        with contextlib.suppress(OSError):
+            raw.file.read()
+    wait_for(lambda: len(server.calls) == 4)
+
+
+# ==== The command line =================================================================================
+
+def run(*arguments, **options):
+    """Start the program; return its process and the line that it begins with."""
+    process = subprocess.Popen([sys.executable, str(HERE / "echoserver.py"), *map(str, arguments)], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, universal_newlines=True, **options)
+    return process, process.stdout.readline()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_program(number):
+    process, line = run(0, "--host", "127.0.0.1")
+    with process:
+        port = int(re.fullmatch(r"Echo server listening on 127.0.0.1 port (\d+): ws://127.0.0.1:\1 \(Ctrl-C stops it\)\n", line)[1])
+        client = websocket.create_connection("ws://127.0.0.1:%d" % port, timeout=PATIENCE)
+        client.send("hi")
+        assert client.recv() == "hi"
+        process.send_signal(number)
+        assert client.recv_data() == (CLOSE, struct.pack("!H", 1001))
+        client.shutdown()
+        assert process.wait(PATIENCE) == 0 and process.communicate() == ("", "")
+
+
+def test_a_second_signal_ends_the_program_at_once():
+    process, line = run(0, "--host", "127.0.0.1")
+    with process, socket.create_connection(("127.0.0.1", int(re.search(r"port (\d+)", line)[1])), PATIENCE) as sock:
+        sock.sendall(REQUEST)
+        sock.recv(4096)
+        process.terminate()
+        assert sock.recv(4096) == b"\x88\x02\x03\xe9"
+        process.terminate()
+        assert process.wait(2) == -signal.SIGTERM
+
+
+def test_main(capsys):
+    """In this process, for the coverage: the signal comes when the start line does."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    class Stdout(io.StringIO):
+        def flush(self):
+            if "Ctrl-C" in self.getvalue():
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    with contextlib.redirect_stdout(Stdout()):
+        assert echoserver.main(["0", "--host", "127.0.0.1", "--no-compression"]) == 0
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("arguments, status, message", [
+    (["port"], 2, "argument port: invalid int value: 'port'"), (["70000"], 2, "port must be from 0 to 65535, not 70000"),
+    (["--max-size", "-1"], 2, "max_size must be"), (["--nonsense"], 2, "unrecognized arguments"),
+    (["--ping-interval", "nan"], 2, "ping_interval must be"), (["--keyfile", "x"], 2, "--keyfile goes with --certfile"),
+    (["0", "--host", "no.such.host.invalid"], 1, "cannot listen on no.such.host.invalid port 0"),
+    (["0", "--host", "192.0.2.1"], 1, "choose an address of this machine"),
+    (["PORT"], 1, "choose another port or stop the program that has this one"),
+    (["0", "--certfile", "missing.pem"], 1, "cannot use the certificate in missing.pem: No such file or directory"),
+    (["0", "--certfile", "CERT"], 1, "cannot use the certificate in"),
+    (["0", "--certfile", "CERT", "--keyfile", "OTHER"], 1, "key values mismatch"),
+    (["0", "--certfile", "CERT", "--keyfile", "ENCRYPTED"], 1, "not encrypted")])
+def test_errors_are_one_line(request, capsys, serve, tmp_path, arguments, status, message):
+    if "--certfile" in arguments and "CERT" in arguments:
+        cert, key = request.getfixturevalue("certificate")
+        other, encrypted = str(tmp_path / "other.pem"), str(tmp_path / "encrypted.pem")
+        for command in (["genrsa", "-out", other, "2048"], ["rsa", "-aes128", "-passout", "pass:secret", "-in", key, "-out", encrypted]):
+            subprocess.run(["openssl", *command], check=True, stderr=subprocess.DEVNULL)
+        arguments = [{"CERT": cert, "OTHER": other, "ENCRYPTED": encrypted}.get(word, word) for word in arguments]
+    arguments = [str(serve().port) if word == "PORT" else word for word in arguments]
+    with pytest.raises(SystemExit) as ended:
+        echoserver.main(arguments)
+    assert ended.value.code == status
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("echoserver: error: ") and message in err and err.count("\n") == 1
+
+
+def test_version_and_help(capsys):
+    for option, text in (("--version", "echoserver " + echoserver.__version__), ("-h", "--ping-timeout")):
+        with pytest.raises(SystemExit) as ended:
+            echoserver.main([option])
+        assert ended.value.code == 0 and text in capsys.readouterr().out
+
+
+def test_file_limit(monkeypatch):
+    resource = pytest.importorskip("resource")
+    limits, tried = resource.getrlimit(resource.RLIMIT_NOFILE), []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, limits[1]), limits[1]))
+    echoserver.raise_file_limit()
+    assert resource.getrlimit(resource.RLIMIT_NOFILE) == (limits[1], limits[1])
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+    def refuse(_, wanted):
+        tried.append(wanted[0])
+        raise ValueError
+
+    monkeypatch.setattr(resource, "setrlimit", refuse)
+    echoserver.raise_file_limit()
+    assert tried == [limits[1], 10240]
+    monkeypatch.setitem(sys.modules, "resource", None)
+    echoserver.raise_file_limit()
+
+
+def test_importing_changes_nothing_and_debug_shows_something():
+    """Not the host program's logging, signals, stack size or socket defaults."""
+    script = textwrap.dedent("""
+        import logging, signal, socket, sys, threading
+        def state():
+            return (logging.getLogger().handlers, logging.getLogger().level, logging.getLogger("websocket_server").level,
+                    [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)], threading.stack_size(),
+                    socket.getdefaulttimeout(), threading.enumerate())
+        before = state()
+        import echoserver
+        with echoserver.EchoServer(port=0, host="127.0.0.1"):
+            pass
+        assert state() == before, state()
+        assert "numpy" not in sys.modules and "asyncio" not in sys.modules
+        with echoserver.EchoServer(port=0, host="127.0.0.1", debug=True):
+            pass
+    """)
+    done = subprocess.run([sys.executable, "-c", script], cwd=str(HERE), stderr=subprocess.PIPE, check=True)
+    assert re.fullmatch(rb"Echoserver listening on port \d+\r?\n", done.stderr)
