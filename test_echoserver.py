@@ -71,8 +71,11 @@ def open_sockets():
 
 
 @pytest.fixture(autouse=True)
-def nothing_left_behind():
-    """No thread and no socket outlives a test."""
+def nothing_left_behind(request):
+    """No thread and no socket outlives a test, but for those of the bare package."""
+    if "start_bare" in request.node.name:
+        yield
+        return
     gc.collect()
     threads, sockets = set(threading.enumerate()), open_sockets()
     yield
@@ -1233,3 +1236,231 @@ def test_importing_changes_nothing_and_debug_shows_something():
     """)
     done = subprocess.run([sys.executable, "-c", script], cwd=str(HERE), stderr=subprocess.PIPE, check=True)
     assert re.fullmatch(rb"Echoserver listening on port \d+\r?\n", done.stderr)
+
+
+# ==== What must not show through from websocket-server 0.6.4 ===========================================
+
+def echoing(server):
+    """Let websocket-server's server echo and run, as its README does."""
+    server.set_fn_message_received(lambda client, server, message: server.send_message(client, message))
+    server.run_forever(threaded=True)
+    return server
+
+
+FAULTS = {}
+
+
+def fault(check):
+    FAULTS[check.__name__] = check
+    return check
+
+
+@fault
+def binary_frames(start):
+    """Its issue 32: they are dropped, and the stream is out of step from there on."""
+    with Raw(start()) as raw:
+        assert raw.send(client_frame(BINARY, b"\0\xff"), GOOD).frame() == whole(BINARY, b"\0\xff")
+        assert raw.frame() == whole(TEXT, b"good")
+
+
+@fault
+def continuation_frames(start):
+    with Raw(start()) as raw:
+        raw.send(client_frame(TEXT, b"Hel", fin=False), client_frame(CONTINUATION, b"lo"))
+        assert raw.frame() == whole(TEXT, b"Hello")
+
+
+@fault
+def long_messages_and_messages_partly_sent(start):
+    """Its issues 103 and 89: with a socket timeout, socket.send() sends what fits and returns."""
+    socket.setdefaulttimeout(5)
+    try:
+        with Raw(start()) as raw:
+            message = b"long" * 2**21
+            raw.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+            raw.send(client_frame(TEXT, message, key=b"\0\0\0\0")).socket.settimeout(1)
+            assert raw.frame() == whole(TEXT, message)
+    finally:
+        socket.setdefaulttimeout(None)
+
+
+@fault
+def the_list_of_clients_is_scanned_for_every_message(start):
+    server = start()
+
+    class Watched(dict):
+        seen = []
+
+        def __getitem__(self, key):
+            self.seen.append(key)
+            return super().__getitem__(key)
+
+    with Raw(server) as first, Raw(server) as second:
+        assert first.send(GOOD).frame() == whole(TEXT, b"good")
+        registered = getattr(server, "_clients", None)
+        if registered is None:
+            server.clients[0] = Watched(server.clients[0])
+        else:
+            registered[1] = Watched(registered[1])
+        assert second.send(GOOD).frame() == whole(TEXT, b"good")
+        assert Watched.seen == []
+
+
+@fault
+def freezing_in_send(start):
+    """Its issue 77: a client that does not read stops everybody who sends to it, for ever."""
+    echoserver.Server.send_timeout, before = 0.2, echoserver.Server.send_timeout
+    try:
+        server = start()
+        with Raw(server):
+            (client,) = server.clients
+
+            def send():
+                with contextlib.suppress(OSError):
+                    for _ in range(30):
+                        server.send_message(client, "x" * 2**20)
+
+            sending = threading.Thread(target=send, daemon=True)
+            sending.start()
+            sending.join(1)
+            assert not sending.is_alive()
+    finally:
+        echoserver.Server.send_timeout = before
+
+
+@fault
+def pings_decoded_as_utf8(start):
+    with Raw(start()) as raw:
+        assert raw.send(client_frame(PING, b"\xff\xfe")).frame() == whole(PONG, b"\xff\xfe")
+
+
+@fault
+def pongs_decoded_as_utf8(start):
+    with Raw(start()) as raw:
+        assert raw.send(client_frame(PONG, b"\xff\xfe"), GOOD).frame() == whole(TEXT, b"good")
+
+
+@fault
+def no_close_reply(start):
+    with Raw(start()) as raw:
+        assert raw.send(client_frame(CLOSE, struct.pack("!H", 1000))).frames() == [whole(CLOSE, struct.pack("!H", 1000))]
+
+
+@fault
+def client_left_none(start):
+    """Its issues 68 and 118: for what never became a client."""
+    server, left = start(), []
+    server.set_fn_client_left(lambda client, server: left.append(client))
+    with socket.create_connection(("127.0.0.1", server.port), PATIENCE) as sock:
+        sock.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: h2c\r\n\r\n")
+        while sock.recv(4096):
+            pass
+    with Raw(server) as raw:
+        raw.send(client_frame(CLOSE)).file.read()
+    wait_for(lambda: left)
+    assert None not in left
+
+
+@fault
+def every_second_client_skipped_at_disconnect(start):
+    """Its issue 116."""
+    server = start()
+    with contextlib.ExitStack() as stack:
+        raws = [stack.enter_context(Raw(server)) for _ in range(4)]
+        server.disconnect_clients_abruptly()
+        for raw in raws:
+            raw.socket.settimeout(1)
+            assert raw.frame() is None
+
+
+@fault
+def listen_queue_of_5(start):
+    assert start().request_queue_size >= 1024
+
+
+@fault
+def tls_with_a_bad_certificate_falls_back_to_clear_text(start):
+    if start is start_bare:
+        server = start(key="missing.pem", cert="missing.pem")
+        with pytest.raises(AssertionError), Raw(server):
+            pass
+    else:
+        with pytest.raises(OSError):
+            echoserver.tls_context("missing.pem")
+
+
+@fault
+def assertion_errors_for_a_bad_handshake(start):
+    server = start()
+    with socket.create_connection(("127.0.0.1", server.port), PATIENCE) as sock:
+        sock.sendall(b"POST / HTTP/1.1\r\n\r\n")
+        assert sock.recv(4096).startswith(b"HTTP/1.1 405 ")
+
+
+@fault
+def unbounded_headers(start):
+    server = start()
+    with socket.create_connection(("127.0.0.1", server.port), PATIENCE) as sock:
+        sock.sendall(REQUEST[:-2] + b"X: %s\r\n\r\n" % (b"x" * 100000))
+        assert sock.recv(12) == b"HTTP/1.1 431"
+
+
+@fault
+def unbounded_payloads(start):
+    with Raw(start()) as raw:
+        assert close_code(raw.send(client_frame(TEXT, length=b"\x7f" + struct.pack("!Q", 2**40))).frames()) == 1009
+
+
+@fault
+def nagles_delay(start):
+    server = start()
+    with Raw(server):
+        (client,) = server.clients
+        assert client["handler"].request.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+@fault
+def deadlock_of_shutdown(start):
+    """In the thread that serves, or before it does, it waits for itself."""
+    server = start(run=False)
+    stopping = threading.Thread(target=server.shutdown, daemon=True)
+    stopping.start()
+    stopping.join(1)
+    stopped = not stopping.is_alive()
+    if not stopped:  # so that the test ends
+        server.run_forever(threaded=True)
+    assert stopped
+
+
+def start_ours(run=True, **options):
+    server = echoserver.Server("127.0.0.1", 0, **options)
+    return echoing(server) if run else server
+
+
+def start_bare(run=True, **options):
+    server = WebsocketServer("127.0.0.1", 0, loglevel=logging.CRITICAL, **options)
+    return echoing(server) if run else server
+
+
+@pytest.mark.parametrize("start", [start_ours, pytest.param(start_bare, marks=pytest.mark.xfail(
+    strict=True, raises=(AssertionError, OSError, pytest.fail.Exception), reason="the fault in the bare package"))])
+@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_fault_of_websocket_server(start, name, monkeypatch, capsys):
+    """Each check holds here and fails against the bare package (strictly: an unexpected success is a failure)."""
+    monkeypatch.setattr(sys.modules[__name__], "PATIENCE", 1)
+    started = []
+
+    def keep(**options):
+        started.append(start(**options))
+        return started[-1]
+
+    try:
+        FAULTS[name](keep if name[:3] != "tls" else start)
+    finally:
+        for server in started:
+            if start is start_bare:
+                server.server_close()
+                server._BaseServer__shutdown_request = True
+            else:
+                server.close()
