@@ -38,6 +38,7 @@ from echoserver import BINARY, CLOSE, CONTINUATION, PING, PONG, TEXT, EchoServer
 HERE = pathlib.Path(__file__).resolve().parent
 PATIENCE = 10  # seconds after which a wait has failed; none of them is waited for in a passing test
 README = (HERE / "README.md").read_text(encoding="utf-8")
+SCALE = int(os.environ.get("ECHOSERVER_TEST_SCALE", "1"))  # 10: 1,000 slow openers and resets, 100,000 frames
 KEY = b"\x37\xfa\x21\x3d"
 REQUEST = (b"GET / HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
            b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n")
@@ -1238,6 +1239,98 @@ def test_importing_changes_nothing_and_debug_shows_something():
     assert re.fullmatch(rb"Echoserver listening on port \d+\r?\n", done.stderr)
 
 
+# ==== Limits and care ==================================================================================
+
+def some_frames(rng, number):
+    """Frames at random, mostly right: some mutated, cut off, or garbage altogether."""
+    for _ in range(number):
+        opcode = rng.choice([TEXT, TEXT, BINARY, BINARY, BINARY, CONTINUATION, PING, PONG, rng.randrange(16)])
+        payload = bytes(rng.getrandbits(7 + (opcode != TEXT)) for _ in range(rng.choice([0, 1, 5, 40, 125, 126, 300])))
+        data = client_frame(opcode, payload, fin=rng.random() < 0.9, rsv=rng.choice([0] * 30 + [4, 7]),
+                            key=rng.getrandbits(32).to_bytes(4, "big"))
+        chance = rng.random()
+        if chance < 0.05:
+            at = rng.randrange(len(data))
+            data = data[:at] + bytes([rng.randrange(256)]) + data[at + 1:]
+        elif chance < 0.07:
+            data = data[:rng.randrange(len(data))]
+        yield data
+
+
+def test_the_fast_path_takes_what_the_full_one_takes():
+    """For mutated frames cut up at random: the same messages, then the same fault."""
+    def outcome(chunks, fast):
+        receiver, got = echoserver.Receiver(300), []
+        try:
+            for chunk in chunks:
+                if fast and receiver.between_messages:
+                    frames, used = echoserver.whole_frames(chunk, 300)
+                    for header, payload in zip(frames[::2], frames[1::2]):
+                        assert header == echoserver.frame_header(header[0] & 15, len(payload))
+                        got.append((header[0] & 15, bytes(payload)))
+                    chunk = chunk[used:]
+                for opcode, pieces in receiver.feed(chunk):
+                    got.append((opcode, b"".join(pieces)))
+        except echoserver.ProtocolError as error:
+            got.append(error.code)
+        return got
+
+    rng = random.Random(7)
+    for _ in range(200 * SCALE):
+        data = b"".join(some_frames(rng, 12))
+        cuts = sorted(rng.randrange(len(data) + 1) for _ in range(rng.randrange(4)))
+        chunks = [data[a:b] for a, b in zip([0, *cuts], [*cuts, len(data)])]
+        assert outcome(chunks, True) == outcome([data], False)
+
+
+def resident():
+    """This process's resident memory in bytes, 0 where the system does not show it."""
+    with contextlib.suppress(OSError), open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
+
+
+def test_slow_openers_resets_and_random_frames(serve, caplog):
+    """Through sockets: afterwards the server still echoes, with the threads and the memory that it had."""
+    server, rng = serve(Recorder, max_clients=2000, max_size=1000, close_timeout=2), random.Random(11)
+    reset = struct.pack("ii", 1, 0)
+    before = 0
+    for _ in range(2):  # what the first round takes is there to stay: caches and the allocator's reserve
+        with contextlib.ExitStack() as stack:
+            openers = [stack.enter_context(socket.create_connection(("127.0.0.1", server.port))) for _ in range(100 * SCALE)]
+            for sock in openers:
+                sock.sendall(b"GET / HT")
+            with Raw(server) as raw:
+                assert raw.send(GOOD).frame() == whole(TEXT, b"good")
+        for _ in range(100 * SCALE):
+            with Raw(server) as raw:
+                raw.send(GOOD[:7]).socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+        for _ in range(250 * SCALE):
+            with Raw(server) as raw, contextlib.suppress(OSError):
+                raw.send(*some_frames(rng, 20)).socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+        wait_for(lambda: not server.server._connections)
+        with Raw(server) as raw:
+            assert raw.send(GOOD).frame() == whole(TEXT, b"good")
+        del server.messages[:], server.calls[:]
+        gc.collect()
+        growth, before = resident() - before, resident()
+    assert growth < 2**22 and not caplog.records
+
+
+def test_nothing_from_a_client_gets_into_an_answer_or_the_log(serve, caplog):
+    """No line of its own making: neither in the headers of an answer nor in the debug output."""
+    server = serve(debug=True)
+    for field in (b"Sec-WebSocket-Protocol: a\x0bSet-Cookie: x", b"Sec-WebSocket-Protocol: a\x85b", b"Origin: a\x0ab"):
+        with socket.create_connection(("127.0.0.1", server.port), PATIENCE) as sock:
+            sock.sendall(request(field))
+            assert sock.recv(4096).startswith(b"HTTP/1.1 400 ")
+    with Raw(server, request(b"User-Agent: \xe2\x80\xa8\x85 x")) as raw:
+        raw.send(client_frame(TEXT, "a\r\n\u2028\x85b".encode())).frame()
+    server.close()
+    for record in caplog.records:
+        assert len(record.getMessage().splitlines()) == 1
+
+
 # ==== What must not show through from websocket-server 0.6.4 ===========================================
 
 def echoing(server):
@@ -1317,7 +1410,7 @@ def freezing_in_send(start):
 
             def send():
                 with contextlib.suppress(OSError):
-                    for _ in range(30):
+                    for _ in range(100):
                         server.send_message(client, "x" * 2**20)
 
             sending = threading.Thread(target=send, daemon=True)
