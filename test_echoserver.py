@@ -1557,3 +1557,162 @@ def test_fault_of_websocket_server(start, name, monkeypatch, capsys):
                 server._BaseServer__shutdown_request = True
             else:
                 server.close()
+
+
+# ==== The README =======================================================================================
+
+def recipe(name):
+    """The class of this name, as it stands in the README."""
+    (source,) = [block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "class %s(" % name in block]
+    namespace = {"EchoServer": EchoServer}
+    exec(compile("import time\n" + source, "README.md", "exec"), namespace)
+    return namespace[name]
+
+
+def test_recipe_answer_after_a_delay(serve):
+    with Raw(serve(recipe("Slow"))) as raw:
+        begin = time.monotonic()
+        assert raw.send(GOOD).frame() == whole(TEXT, b"good")
+        assert 0.4 < time.monotonic() - begin < 5
+
+
+def test_recipe_close_after_three_messages(serve):
+    with Raw(serve(recipe("ThreeOnly"))) as raw:
+        raw.send(GOOD, GOOD, GOOD, GOOD, client_frame(CLOSE))
+        assert raw.frames() == [whole(TEXT, b"good")] * 3 + [whole(CLOSE, struct.pack("!H", 1011) + b"enough")]
+
+
+def test_recipe_vanish_in_mid_frame(serve):
+    with Raw(serve(recipe("Vanishing"))) as raw:
+        assert raw.send(GOOD).file.read() == b"\x81\x05Hel"
+
+
+def test_recipe_fragments_with_a_ping_between(serve):
+    with Raw(serve(recipe("Fragments"))) as raw:
+        raw.send(GOOD)
+        assert [raw.frame() for _ in range(4)] == [
+            (0, TEXT, b"go"), whole(PING, b"still there?"), (0, CONTINUATION, b"od"), whole(CONTINUATION)]
+
+
+def test_recipe_chat(serve):
+    server = serve(recipe("Chat"))
+    with Raw(server) as one:
+        assert one.frame() == whole(TEXT, b"1 joined")
+        with Raw(server) as two:
+            assert one.frame() == two.frame() == whole(TEXT, b"2 joined")
+            two.send(GOOD)
+            assert one.frame() == two.frame() == whole(TEXT, b"2: good")
+        assert one.frame() == whole(TEXT, b"2 left")
+
+
+def test_recipe_route_by_path(serve):
+    server = serve(recipe("Routes"))
+    for path, answer in ((b"/echo?x=1", whole(TEXT, b"good")), (b"/upper", whole(TEXT, b"GOOD")),
+                         (b"/", whole(CLOSE, struct.pack("!H", 4404) + b"no such path"))):
+        with Raw(server, request(line=b"GET %s HTTP/1.1" % path)) as raw:
+            assert raw.send(GOOD).frame() == answer
+            raw.send(client_frame(CLOSE)).frames()
+
+
+def test_readme_in_a_program_and_as_a_fixture(tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    (program,) = [block for block in blocks if "with EchoServer(port=0" in block and "fixture" not in block]
+    (fixture,) = [block for block in blocks if "@pytest.fixture" in block]
+    exec(compile(program, "README.md", "exec"), {})
+    (tmp_path / "test_it.py").write_text(fixture)
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"], cwd=str(tmp_path), stdout=subprocess.PIPE,
+                          env={**os.environ, "PYTHONPATH": str(HERE)})
+    assert done.returncode == 0 and b"1 passed" in done.stdout, done.stdout
+
+
+def test_readme_names_every_option(capsys):
+    with pytest.raises(SystemExit):
+        echoserver.main(["-h"])
+    for option in re.findall(r"--[a-z-]+", capsys.readouterr().out):
+        assert "`%s" % option in README or option in ("--help", "--version"), option
+
+
+# ==== The benchmark ====================================================================================
+
+BARE_TCP = """
+import socket, sys, threading
+def echo(connection):
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    while True:
+        data = connection.recv(65536)
+        if not data:
+            return
+        connection.sendall(data)
+listener = socket.socket()
+listener.bind(("127.0.0.1", 0))
+listener.listen(4096)
+print("port", listener.getsockname()[1], flush=True)
+while True:
+    threading.Thread(target=echo, args=(listener.accept()[0],), daemon=True).start()
+"""
+PLAIN = """
+from websocket_server import WebsocketServer
+server = WebsocketServer(host="127.0.0.1", port=0)
+server.set_fn_message_received(lambda client, server, message: server.send_message(client, message))
+print("port", server.port, flush=True)
+server.run_forever()
+"""
+CONTESTANTS = {"echoserver": [str(HERE / "echoserver.py"), "0", "--host", "127.0.0.1"],
+               "websocket-server": ["-c", PLAIN], "bare TCP": ["-c", BARE_TCP]}
+# name: (opcode, bytes, messages in flight, the figure)
+WORKLOADS = {"ping-pong 32 B": (TEXT, 32, 1, "messages/s"), "pipelined 32 B": (TEXT, 32, 100, "messages/s"),
+             "64 KiB binary": (BINARY, 65536, 1, "MB/s"), "1 MiB binary": (BINARY, 2**20, 1, "MB/s"),
+             "1 MiB text": (TEXT, 2**20, 1, "MB/s")}
+
+
+def rate(port, bare, opcode, size, depth, seconds=0.7):
+    """Messages per second, each checked; None where the server does not echo."""
+    payload = (b"abcdefghijklmnopqrstuvwxyz" * (size // 26 + 1))[:size]
+    sent = client_frame(opcode, payload)
+    expected = (sent if bare else echoserver.frame(opcode, payload)) * depth
+    with socket.create_connection(("127.0.0.1", port), 3) as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if not bare:
+            sock.sendall(REQUEST)
+            sock.recv(4096)
+        got, view = bytearray(len(expected)), None
+        view, rounds, begin = memoryview(got), 0, time.perf_counter()
+        while time.perf_counter() - begin < seconds:
+            sock.sendall(sent * depth)
+            at = 0
+            while at < len(got):
+                received = sock.recv_into(view[at:])
+                if not received:
+                    return None
+                at += received
+            if got != expected:
+                return None
+            rounds += 1
+        return rounds * depth / (time.perf_counter() - begin)
+
+
+@benchmark
+def test_benchmark(request):
+    """Print this server's speed beside plain websocket-server's and bare TCP's, in one run, in turns."""
+    if "benchmark" not in (request.config.option.markexpr or ""):
+        pytest.skip("the benchmark runs with -m benchmark -s")
+    results = {}
+    for _ in range(3):
+        for name, command in CONTESTANTS.items():
+            with subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=str(HERE)) as process:
+                port = int(re.search(rb"port (\d+)", process.stdout.readline())[1])
+                for title, (opcode, size, depth, _) in WORKLOADS.items():
+                    with contextlib.suppress(OSError):
+                        results.setdefault((title, name), []).append(rate(port, name == "bare TCP", opcode, size, depth))
+                process.kill()
+    print("\n%-16s" % "" + "".join("%28s" % name for name in CONTESTANTS))
+    for title, (_, size, _, unit) in WORKLOADS.items():
+        line = "%-16s" % title
+        for name in CONTESTANTS:
+            mine, bare = (sorted(filter(None, results.get((title, who), []))) for who in (name, "bare TCP"))
+            figure = mine[len(mine) // 2] if mine else 0
+            shown = figure if unit == "messages/s" else figure * size / 1e6
+            line += "%28s" % ("%.0f %s (%.2f)" % (shown, unit, figure / bare[len(bare) // 2]) if mine else "does not echo it")
+        print(line)
+    print("(medians of 3; in brackets the ratio to bare TCP; the load is this Python process, which bounds them all)")
+    assert results["ping-pong 32 B", "echoserver"]
