@@ -52,7 +52,7 @@ logger = logging.getLogger("echoserver")
 # makes that do nothing, so the host program's logging stays as it was.
 _placeholder = logging.NullHandler()
 logging.getLogger().addHandler(_placeholder)
-from websocket_server.websocket_server import WebSocketHandler, WebsocketServer  # noqa: E402
+from websocket_server import WebsocketServer
 logging.getLogger().removeHandler(_placeholder)
 
 __version__ = "1.0.0"
@@ -243,7 +243,8 @@ def raise_file_limit() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     for wanted in (hard, 10240):  # macOS refuses "unlimited" and takes this
         with contextlib.suppress(ValueError, OSError):
-            return resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            break
 
 
 # ==== The server: the listening socket, its threads, the list of clients ===========================================
@@ -301,7 +302,7 @@ class Server(WebsocketServer):
         try:
             found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
             self.address_family, _, _, _, address = min(found, key=lambda info: info[0] != socket.AF_INET)
-            super().__init__(address[0], port, loglevel=logging.getLogger(WebsocketServer.__module__).level)
+            super().__init__(str(address[0]), port, loglevel=logging.getLogger(WebsocketServer.__module__).level)
         except OSError as error:
             hint = {errno.EADDRINUSE: "choose another port or stop the program that has this one",
                     errno.EACCES: "choose a port from 1024 up"}.get(error.errno or 0, "choose an address of this machine")
@@ -358,10 +359,8 @@ class Server(WebsocketServer):
 
     def run_forever(self, threaded: bool = False) -> None:
         """Serve in this thread until interrupted, or in a background thread (websocket-server's name for it)."""
-        if threaded:
-            return self.start()
         with contextlib.suppress(KeyboardInterrupt):
-            self.serve_forever()
+            self.start() if threaded else self.serve_forever()
 
     def process_request(self, request: socket.socket, client_address: Any) -> None:
         """Give a new connection a thread of its own (socketserver's name for it)."""
@@ -480,11 +479,11 @@ class Server(WebsocketServer):
 
     # The rest of websocket-server's interface works as it is, on these
 
-    def set_fn_message_received(self, fn: Callable[[Client, Server, Any], None]) -> None:
+    def set_fn_message_received(self, fn: Any) -> None:
         """Register the callback for messages."""
         super().set_fn_message_received(fn)
-        # A callback that only echoes, and shows nothing, need not be called for each message: a connection
-        # may then answer many in one write.
+        # One that only echoes, and shows nothing, need not be called for each message: a connection may then
+        # answer many in one write.
         self.echoes = getattr(fn, "__func__", None) is EchoServer.message_received and not fn.__self__.debug
 
     def send_message(self, client: Client, msg: Union[str, Data]) -> bool:
@@ -521,7 +520,7 @@ def join(threads: Iterable[threading.Thread], until: float) -> None:
 # ==== One connection ===============================================================================================
 
 
-class Connection(WebSocketHandler):
+class Connection:
     """One connection, and the life of its thread: setup, handle, finish. It is a client's 'handler'.
 
     Its own thread alone reads from it. `send_…()` and `abort()` may be called in any thread; a `send_…()`
@@ -529,6 +528,7 @@ class Connection(WebSocketHandler):
     gone. It waits while the client does not read, `Server.send_timeout` at most: then the client is cut.
     """
 
+    receiver: Receiver
     client: Optional[Client] = None  # set before the 101 is sent
     compression: Optional[PerMessageDeflate] = None
     has_slot = False  # counts towards max_clients; guarded by the server's lock
@@ -540,7 +540,6 @@ class Connection(WebSocketHandler):
     _room = 4096  # bytes to receive at once: more as soon as that many came, this again after a silence
 
     def __init__(self, request: socket.socket, client_address: Any, server: Server) -> None:
-        # websocket-server's own constructor would live the whole connection inside this call.
         self.request, self.client_address, self.server = request, client_address[:2], server
         self.stream: Union[socket.socket, TLSStream] = request
         self._send_lock = threading.RLock()  # held for a frame, or a whole fragmented message, on the wire
@@ -649,7 +648,7 @@ class Connection(WebSocketHandler):
         if self.closing or opcode == PONG:
             return
         if opcode == PING:
-            self.send_pong(pieces[0])
+            self.send_frame(PONG, pieces[0])
         elif server.echoes:
             self._send_data(opcode, pieces)
         else:
@@ -715,7 +714,7 @@ class Connection(WebSocketHandler):
                 self.stream.shutdown(socket.SHUT_WR)
             else:
                 self.request.shutdown(socket.SHUT_RDWR)  # wakes any thread that is sending
-        if self._announced:
+        if self.client and self._announced:
             try:
                 server.client_left(self.client, server)
             except Exception:
@@ -762,11 +761,6 @@ class Connection(WebSocketHandler):
             return self._send_data(BINARY, [bytes(message)])
         raise TypeError("a message is str or bytes, not %s" % type(message).__name__)
 
-    def send_text(self, message: Union[str, bytes], opcode: int = 1) -> bool:
-        """Send text, given as str or in UTF-8 (websocket-server's name for it)."""
-        payload = message if isinstance(message, bytes) else message.encode()
-        return self.send_message(payload.decode()) if opcode == TEXT else self.send_frame(opcode, payload)
-
     def send_fragments(self, pieces: Iterable[Union[str, bytes]]) -> bool:
         """Send one message in fragments (section 5.4), each as soon as `pieces` yields it, all str or all
         bytes. Meanwhile other threads wait, and `pieces` itself may send Pings and nothing else."""
@@ -791,10 +785,6 @@ class Connection(WebSocketHandler):
     def send_ping(self, payload: bytes = b"") -> bool:
         """Send a Ping (section 5.5.2)."""
         return self.send_frame(PING, payload)
-
-    def send_pong(self, message: Union[str, Data] = b"") -> bool:
-        """Send a Pong (section 5.5.3)."""
-        return self.send_frame(PONG, message.encode() if isinstance(message, str) else message)
 
     def send_close(self, status: int = 1000, reason: Union[str, bytes] = b"") -> bool:
         """Start the closing handshake (section 7.1.2). Raises ValueError for what a Close may not carry."""
@@ -862,8 +852,8 @@ def receive_by(sock: socket.socket, deadline: float, size: int) -> bytes:
 class TLSStream:
     """TLS over a connected socket, with the methods of a socket that a Connection uses.
 
-    `_tls_lock` guards the TLS object and is never held in a wait; `_wire_lock` keeps what it makes in order
-    on the wire. They are taken in the order wire lock, TLS lock.
+    `_tls_lock` guards the TLS object, and is never held in a wait; `_wire_lock` keeps in order on the wire what
+    that makes. They are taken in the order wire lock, TLS lock.
     """
 
     def __init__(self, sock: socket.socket, context: ssl.SSLContext, receive: Callable[[int], bytes]) -> None:
@@ -875,59 +865,51 @@ class TLSStream:
 
     def handshake(self) -> None:
         """Do the TLS handshake. Raises OSError; ssl.SSLError is one."""
-        self._run(self._tls.do_handshake)
+        while True:
+            try:
+                with self._tls_lock:
+                    return self._tls.do_handshake()
+            except ssl.SSLWantReadError:
+                pass
+            finally:
+                self.sendall(b"")
+            self._feed()
 
     def recv(self, size: int) -> bytes:
         """Return some plaintext, b"" when it has ended. Raises what `receive` raises."""
-        try:
-            return self._run(lambda: self._tls.read(size))
-        except (ssl.SSLError, ConnectionAbortedError):
-            return b""
+        while True:
+            try:
+                with self._tls_lock:
+                    return self._tls.read(size)
+            except ssl.SSLWantReadError:
+                self._feed()
+            except ssl.SSLError:
+                return b""
+
+    def _feed(self) -> None:
+        """Give the TLS object more of what the peer sends."""
+        ciphertext = self.receive(LONG)
+        with self._tls_lock:
+            self._incoming.write(ciphertext) if ciphertext else self._incoming.write_eof()
 
     def sendall(self, data: Data, flags: int = 0) -> None:
-        """Send plaintext. Raises OSError."""
+        """Send plaintext, behind whatever else the TLS object has to send. Raises OSError."""
         rest = memoryview(data)
         with self._wire_lock:
-            while rest:
+            while True:
                 with self._tls_lock:
-                    rest = rest[self._tls.write(rest[:LONG]):]
+                    rest = rest[self._tls.write(rest):] if rest else rest
                     ciphertext = self._outgoing.read()
                 self._sock.sendall(ciphertext, flags)
+                if not rest:
+                    break
 
     def shutdown(self, how: int) -> None:
         """Send close_notify, then end the TCP connection in this direction. Raises OSError."""
-        with contextlib.suppress(ssl.SSLError):
-            self._run(self._tls.unwrap, wait=False)  # not for the peer's close_notify
+        with contextlib.suppress(ssl.SSLError), self._tls_lock:
+            self._tls.unwrap()  # raises, since it would like to wait for the peer's
+        self.sendall(b"")
         self._sock.shutdown(how)
-
-    def _run(self, step: Callable[[], Any], wait: bool = True) -> Any:
-        """Do a step of TLS, with ciphertext from the peer if it needs that, and send what it makes."""
-        while True:
-            result, more = None, False
-            try:
-                with self._tls_lock:
-                    result = step()
-            except ssl.SSLWantReadError:
-                more = wait
-            finally:
-                self._flush()
-            if not more:
-                return result
-            ciphertext = self.receive(LONG)
-            if not ciphertext:
-                raise ConnectionAbortedError("the peer ended the connection without close_notify")
-            with self._tls_lock:
-                self._incoming.write(ciphertext)
-
-    def _flush(self) -> None:
-        """Send what a step of TLS made besides its result: handshake messages, alerts."""
-        with self._tls_lock:
-            pending = self._outgoing.pending
-        if pending:
-            with self._wire_lock:
-                with self._tls_lock:
-                    ciphertext = self._outgoing.read()
-                self._sock.sendall(ciphertext)
 
 
 # ==== The opening handshake: bytes in, values out (RFC 6455 section 4.2, RFC 9110, RFC 9112) =======================
@@ -989,7 +971,7 @@ def parse_request(data: bytes) -> Optional[Tuple[Request, bytes]]:
     head = data if end < 0 else data[:end]
     if len(head) > MAX_HEAD:
         raise HTTPAnswer(431, "The request's header is longer than %d bytes." % MAX_HEAD)
-    if not data[:1].isalpha() and data or head.count(b"\n") > head.count(b"\r\n"):
+    if (data and not data[:1].isalpha()) or head.count(b"\n") > head.count(b"\r\n"):
         raise HTTPAnswer(400, "This is no HTTP request.")
     if end < 0:
         return None
@@ -1004,7 +986,7 @@ def parse_request(data: bytes) -> Optional[Tuple[Request, bytes]]:
             raise HTTPAnswer(400, "A header field is malformed.")
         name, value = field[1].lower(), field[2].strip(" \t")
         headers[name] = headers[name] + ", " + value if name in headers else value
-    return Request(*match.groups(), headers), data[end + 4:]
+    return Request(match[1], match[2], match[3], headers), data[end + 4:]
 
 
 def accept(request: Request, origins: Optional[Sequence[str]], compression: bool
@@ -1018,7 +1000,7 @@ def accept(request: Request, origins: Optional[Sequence[str]], compression: bool
     key, origin = headers.get("sec-websocket-key", ""), headers.get("origin")
     if request.method != "GET":
         raise HTTPAnswer(405, "The method must be GET, not %s." % request.method, "Allow: GET")
-    if len(hosts) > 1 or not hosts and request.version == "1.1":
+    if len(hosts) > 1 or (not hosts and request.version == "1.1"):
         raise HTTPAnswer(400, "There must be one Host field.")
     if headers.get("content-length", "0") != "0" or "transfer-encoding" in headers:
         raise HTTPAnswer(400, "The request must have no body.")
@@ -1113,7 +1095,7 @@ def numpy() -> Any:
         return None
 
 
-def unmask(data: Data, key: bytes) -> Data:
+def unmask(data: Union[Data, memoryview], key: bytes) -> Data:
     """XOR data with the masking key, over and over (section 5.3)."""
     size = len(data)
     if size < 256:  # as one large number
@@ -1247,7 +1229,7 @@ class Receiver:
         compressed = rsv1 if opcode else self._compressed
         if not masked:
             raise ProtocolError(1002, "a frame that is not masked (section 5.1)")
-        if data[at] & (RSV2 | RSV3) or rsv1 and not (self._compression and opcode in (TEXT, BINARY)):
+        if data[at] & (RSV2 | RSV3) or (rsv1 and not (self._compression and opcode in (TEXT, BINARY))):
             raise ProtocolError(1002, "a reserved bit (section 5.2)")
         if opcode not in (CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG):
             raise ProtocolError(1002, "a reserved opcode (section 5.2)")

@@ -566,7 +566,8 @@ def test_sending_by_hand(serve):
                 handler.send_message("no")
             yield "!"
 
-        assert handler.send_text("a") and handler.send_text(b"b") and handler.send_text("c", PING) and handler.send_pong("d")
+        assert handler.send_message("a") and handler.send_frame(TEXT, b"b") and handler.send_ping(b"c")
+        assert handler.send_frame(PONG, b"d")
         assert handler.send_message(bytearray(b"e")) and handler.send_fragments(between()) and handler.send_fragments([])
         assert handler.send_fragments([b"f"]) and handler.send_frame(BINARY, b"g", fin=False)
         assert [raw.frame() for _ in range(13)] == [
