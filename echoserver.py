@@ -1278,9 +1278,9 @@ class Receiver:
             self._compression.end_of_message()
         if self._opcode == TEXT:
             self._check_text(b"", final=True)
-        message: Tuple[int, List[Data]] = self._opcode, [*self._pieces]
+        opcode, pieces = self._opcode, self._pieces
         self._opcode, self._size, self._pieces = CONTINUATION, 0, []
-        return message
+        return opcode, [*pieces]
 
     def _check_text(self, chunk: Data, final: bool = False) -> None:
         """Check that text is UTF-8 as far as it has come (section 8.1)."""

@@ -1390,7 +1390,7 @@ def the_list_of_clients_is_scanned_for_every_message(start):
             return super().__getitem__(key)
 
     with Raw(server) as first, Raw(server) as second:
-        assert first.send(GOOD).frame() == whole(TEXT, b"good")
+        assert first.send(GOOD).frame() == second.send(GOOD).frame() == whole(TEXT, b"good")
         registered = getattr(server, "_clients", None)
         if registered is None:
             server.clients[0] = Watched(server.clients[0])
@@ -1407,6 +1407,7 @@ def freezing_in_send(start):
     try:
         server = start()
         with Raw(server):
+            wait_for(lambda: server.clients)  # the bare package enters it after its answer
             (client,) = server.clients
 
             def send():
@@ -1509,6 +1510,7 @@ def unbounded_payloads(start):
 def nagles_delay(start):
     server = start()
     with Raw(server):
+        wait_for(lambda: server.clients)
         (client,) = server.clients
         assert client["handler"].request.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
