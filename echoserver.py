@@ -274,9 +274,10 @@ class Server(WebsocketServer):
     def __init__(self, host: str = "127.0.0.1", port: int = 0, *, max_size: int = 16 * 2**20,
                  max_clients: int = 10000, open_timeout: float = 10, close_timeout: float = 10,
                  ping_interval: float = 20, ping_timeout: float = 20, origin: Union[str, Iterable[str], None] = None,
-                 compression: bool = True, ssl_context: Optional[ssl.SSLContext] = None, reuse_port: bool = False) -> None:
+                 compression: bool = True, ssl_context: Optional[ssl.SSLContext] = None,
+                 reuse_port: bool = False) -> None:
         for name, value, low, high in (
-                ("port", port, 0, 65535), ("max_size", max_size, 0, sys.maxsize), ("max_clients", max_clients, 1, 10**6),
+                ("port", port, 0, 65535), ("max_size", max_size, 0, 2**62), ("max_clients", max_clients, 1, 10**6),
                 ("open_timeout", open_timeout, 0.01, 10**6), ("close_timeout", close_timeout, 0.01, 10**6),
                 ("ping_interval", ping_interval, 0, 10**6), ("ping_timeout", ping_timeout, 0, 10**6)):
             if not low <= value <= high:
@@ -304,8 +305,9 @@ class Server(WebsocketServer):
             self.address_family, _, _, _, address = min(found, key=lambda info: info[0] != socket.AF_INET)
             super().__init__(str(address[0]), port, loglevel=logging.getLogger(WebsocketServer.__module__).level)
         except OSError as error:
-            hint = {errno.EADDRINUSE: "choose another port or stop the program that has this one",
-                    errno.EACCES: "choose a port from 1024 up"}.get(error.errno or 0, "choose an address of this machine")
+            hints = {errno.EADDRINUSE: "choose another port or stop the program that has this one",
+                     errno.EACCES: "choose a port from 1024 up"}
+            hint = hints.get(error.errno or 0, "choose an address of this machine")
             raise OSError(error.errno, "cannot listen on %s port %d: %s; %s"
                           % (host, port, error.strerror or error, hint)) from None
         self.host = host
@@ -532,12 +534,13 @@ class Connection:
     client: Optional[Client] = None  # set before the 101 is sent
     compression: Optional[PerMessageDeflate] = None
     has_slot = False  # counts towards max_clients; guarded by the server's lock
+    _method = ""  # of its request
     _announced = False  # new_client was called, so client_left will be
     closing = False  # a Close was sent, or the connection broke: nothing more is; guarded by _send_lock
     _fragmenting = False  # a fragmented message is on its way out; guarded by _send_lock
     _close_deadline = 0.0  # when to stop waiting for the peer's Close, once ours was sent
     _linger = float("inf")  # seconds for which the client may go on sending after our end; close_timeout at most
-    _room = 4096  # bytes to receive at once: more as soon as that many came, this again after a silence
+    _room = 479  # bytes to receive at once: as many as Python allocates in its own pools; more when they were filled
 
     def __init__(self, request: socket.socket, client_address: Any, server: Server) -> None:
         self.request, self.client_address, self.server = request, client_address[:2], server
@@ -553,9 +556,9 @@ class Connection:
         except HTTPAnswer as answer:  # the request was for something else, or cannot be granted
             self.server.leave(self)
             with self._send_lock:
-                self.closing = self._write(answer.response)
+                self.closing = self._write(answer.head + answer.content * (self._method != "HEAD"))
         except ProtocolError as error:  # section 7.1.7: fail the WebSocket connection
-            self._fail(error.code, error.reason)
+            self._fail(*error.args)
         except Exception:
             logger.exception("client %d gets Close 1011, since an override raised:", self.client and self.client["id"])
             self._fail(1011, "internal error")
@@ -575,6 +578,7 @@ class Connection:
             set_timeout(self.request, socket.SO_RCVTIMEO, server.tick)
         except OSError:  # gone, or no TLS: there is nobody to answer
             return b""
+        self._method = request.method
         if not self.has_slot:
             raise HTTPAnswer(503, "This server has all the clients that it takes.", "Retry-After: 5")
         response, subprotocol, self.compression = accept(request, server.origins, server.compression)
@@ -637,7 +641,7 @@ class Connection:
                 if opcode == CLOSE:
                     server.leave(self)  # before the answer: a client that has it is on no list any more
                     self._linger = 0 if self.closing else 1
-                    self.close_within(-1, bytes(pieces[0][:2]))
+                    self.close_within(-1, bytes(pieces[0]))
                     return
                 self._take(opcode, pieces)
             data = self._receive()
@@ -662,6 +666,8 @@ class Connection:
         except (BlockingIOError, TimeoutError):
             return self._receive_after_silence()
         except OSError:
+            return b""
+        if self.closing and time.monotonic() > self._close_deadline:
             return b""
         if len(data) == self._room:
             self._room = min(4 * self._room, MOST)
@@ -736,7 +742,7 @@ class Connection:
             return False
         try:
             if not self.closing:
-                self.closing, self._close_deadline = True, time.monotonic() + self.server.close_timeout
+                self._close_deadline, self.closing = time.monotonic() + self.server.close_timeout, True
                 self._write(frame(CLOSE, payload), 0 if patience < 0 else getattr(socket, "MSG_DONTWAIT", 0))
         finally:
             self._send_lock.release()
@@ -917,10 +923,11 @@ class TLSStream:
 MAX_HEAD = 16 * 1024  # bytes of a request's header
 GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # section 1.3
 TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-REQUEST_LINE = re.compile(r"(%s) (?:[a-z]+://[^/ ]+)?(/[!-\"$-~]*|\*) HTTP/(1\.[01])" % TOKEN)
+# In origin-form or absolute-form (RFC 9112 section 3.2), with no fragment
+REQUEST_LINE = re.compile(
+    r"(%s) (?:/|[A-Za-z][A-Za-z0-9+.-]*://[!$-.0->@-~]+(?:/|(?=[? ])))([!-\"$-~]*) HTTP/(1\.[0-9])" % TOKEN)
 FIELD_LINE = re.compile(r"(%s):([\t -~\x80-\xff]*)" % TOKEN)
-
-
+HOST = re.compile(r"(\[[0-9A-Za-z:.]+\]|[0-9A-Za-z._~!$&'()*+;=%-]*)(:[0-9]*)?")
 UPGRADE = ("Upgrade: websocket", "Connection: Upgrade")
 
 
@@ -929,29 +936,31 @@ class HTTPAnswer(Exception):
 
     def __init__(self, status: int, body: str, *fields: str, kind: str = "text/plain") -> None:
         super().__init__("%d %s" % (status, body))
-        content = body.encode() if kind == "text/html" else body.encode() + b"\n"
-        self.response = "\r\n".join((
+        self.content = body.encode() + b"\n"
+        self.head = "\r\n".join((
             "HTTP/1.1 %d %s" % (status, http.HTTPStatus(status).phrase),
             "Date: " + email.utils.formatdate(usegmt=True), "Content-Type: %s; charset=utf-8" % kind,
-            "Content-Length: %d" % len(content), "Connection: close", *fields, "", "")).encode() + content
+            "Content-Length: %d" % len(self.content), "Connection: close", *fields, "", "")).encode()
 
 
 class Headers(Dict[str, str]):
     """A request's header fields by lower-case name; they may be looked up in any case. A field that came more
     than once has its values joined by commas (RFC 9110 section 5.3)."""
 
-    def __missing__(self, name: str) -> str:
-        if name == name.lower():
-            raise KeyError(name)
-        return self[name.lower()]
+    def __getitem__(self, name: str) -> str:
+        return super().__getitem__(name.lower())
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(str(name).lower())
 
     def get(self, name: str, default: Any = None) -> Any:
         """Return the field's value, or `default`."""
         return super().get(name.lower(), default)
 
     def tokens(self, name: str, normal: Callable[[str], str] = str) -> List[str]:
-        """Return the items of a field that is a list, each put in its normal form."""
-        return [normal(item.strip(" \t")) for item in self[name].split(",")] if name in self else []
+        """Return the items of a field that is a list, each put in its normal form (RFC 9110 section 5.6.1)."""
+        value = re.sub('"[^"]*"', lambda quoted: quoted[0].replace(",", " "), self.get(name, ""))
+        return [normal(item.strip(" \t")) for item in value.split(",") if item.strip(" \t")]
 
 
 class Request(NamedTuple):
@@ -986,7 +995,7 @@ def parse_request(data: bytes) -> Optional[Tuple[Request, bytes]]:
             raise HTTPAnswer(400, "A header field is malformed.")
         name, value = field[1].lower(), field[2].strip(" \t")
         headers[name] = headers[name] + ", " + value if name in headers else value
-    return Request(match[1], match[2], match[3], headers), data[end + 4:]
+    return Request(match[1], "/" + match[2], match[3], headers), data[end + 4:]
 
 
 def accept(request: Request, origins: Optional[Sequence[str]], compression: bool
@@ -996,19 +1005,19 @@ def accept(request: Request, origins: Optional[Sequence[str]], compression: bool
     Raises HTTPAnswer where the request is for the page or does not meet section 4.2.1.
     """
     headers = request.headers
-    hosts, subprotocols = headers.tokens("host"), headers.tokens("sec-websocket-protocol")
+    subprotocols = headers.tokens("sec-websocket-protocol")
     key, origin = headers.get("sec-websocket-key", ""), headers.get("origin")
-    if request.method != "GET":
-        raise HTTPAnswer(405, "The method must be GET, not %s." % request.method, "Allow: GET")
-    if len(hosts) > 1 or (not hosts and request.version == "1.1"):
-        raise HTTPAnswer(400, "There must be one Host field.")
+    if request.method not in ("GET", "HEAD"):
+        raise HTTPAnswer(405, "The method must be GET, not %s." % request.method, "Allow: GET, HEAD")
+    if not HOST.fullmatch(headers.get("host", "" if request.version == "1.0" else ",")):
+        raise HTTPAnswer(400, "There must be one Host field, and it must be valid.")
     if headers.get("content-length", "0") != "0" or "transfer-encoding" in headers:
         raise HTTPAnswer(400, "The request must have no body.")
-    if "websocket" not in headers.tokens("upgrade", str.lower):
+    if request.method == "HEAD" or "websocket" not in headers.tokens("upgrade", str.lower):
         if request.path.split("?")[0] == "/":
-            raise page()
+            raise HTTPAnswer(200, PAGE, *PAGE_FIELDS, kind="text/html")
         raise HTTPAnswer(426, "This is a WebSocket server; its page is at /.", *UPGRADE)
-    if request.version != "1.1" or "upgrade" not in headers.tokens("connection", str.lower):
+    if request.version == "1.0" or "upgrade" not in headers.tokens("connection", str.lower):
         raise HTTPAnswer(400, "An opening handshake must be HTTP/1.1 and have Connection: Upgrade.")
     if headers.get("sec-websocket-version") != "13":
         raise HTTPAnswer(426, "Sec-WebSocket-Version must be 13.", *UPGRADE, "Sec-WebSocket-Version: 13")
@@ -1016,7 +1025,7 @@ def accept(request: Request, origins: Optional[Sequence[str]], compression: bool
         raise HTTPAnswer(400, "Sec-WebSocket-Key must be 16 bytes in base64, not %r." % key)
     if origins is not None and origin is not None and origin not in origins:
         raise HTTPAnswer(403, "The origin %r is not served here." % origin)
-    for subprotocol in subprotocols:
+    for subprotocol in subprotocols or [""] * ("sec-websocket-protocol" in headers):
         if not re.fullmatch(TOKEN, subprotocol):
             raise HTTPAnswer(400, "The subprotocol %r is no token." % subprotocol)
     digest = hashlib.sha1(key.encode() + GUID).digest()
@@ -1044,11 +1053,7 @@ STATUS_CODES = {*range(1000, 1004), *range(1007, 1015), *range(3000, 5000)}
 
 
 class ProtocolError(Exception):
-    """The connection must be failed, with this status code (section 7.1.7)."""
-
-    def __init__(self, code: int, reason: str) -> None:
-        super().__init__(code, reason)
-        self.code, self.reason = code, reason
+    """The connection must be failed, with this status code and reason (section 7.1.7)."""
 
 
 def frame_header(opcode: int, size: int, fin: bool = True, rsv1: bool = False) -> bytes:
@@ -1175,15 +1180,13 @@ class Receiver:
     def __init__(self, max_size: int, compression: Optional[PerMessageDeflate] = None) -> None:
         self.between_messages = True  # the next byte begins a frame, and no message is under way
         self._max_size, self._compression = max_size, compression
-        self._held = b""  # the beginning of a frame's header
+        self._held = b""  # the beginning of a frame's header, or of a control frame
         # the frame under way
-        self._in_frame = False
         self._fin, self._frame_opcode, self._left, self._key = True, CONTINUATION, 0, b""
-        self._control = b""  # its payload, if it is a control frame
         # the message under way; CONTINUATION stands for none
         self._opcode, self._compressed, self._size = CONTINUATION, False, 0
         self._pieces: List[bytearray] = []
-        self._decoder: Optional[codecs.IncrementalDecoder] = None  # once its text was not ASCII
+        self._rest = b""  # the beginning of a character
 
     def feed(self, data: bytes) -> Iterator[Tuple[int, List[Data]]]:
         """Yield (opcode, payload in pieces) of each message and control frame that these bytes complete.
@@ -1193,7 +1196,7 @@ class Receiver:
         """
         data, self._held, at = self._held + data, b"", 0
         while True:
-            if not self._in_frame:
+            if not self._left:
                 begin = self._begin_frame(data, at)
                 if not begin:
                     self._held = data[at:]
@@ -1202,23 +1205,19 @@ class Receiver:
             chunk = unmask(data[at:at + self._left], self._key)
             at += len(chunk)
             self._left -= len(chunk)
-            self._in_frame = self._left > 0
             turn = len(chunk) % 4
             self._key = self._key[turn:] + self._key[:turn]
             if self._frame_opcode & 0x8:
-                self._control += chunk
-            else:
-                self._extend(chunk)
-            if self._in_frame:
-                break
-            if self._frame_opcode & 0x8:
-                payload, self._control = self._control, b""
                 if self._frame_opcode == CLOSE:
-                    self._check_close(payload)
-                yield self._frame_opcode, [payload]
-            elif self._fin:
+                    self._check_close(bytes(chunk))
+                yield self._frame_opcode, [chunk]
+                continue
+            self._extend(chunk)
+            if self._left:
+                break
+            if self._fin:
                 yield self._end_message()
-        self.between_messages = not (self._in_frame or self._held or self._opcode)
+        self.between_messages = not (self._left or self._held or self._opcode)
 
     def _begin_frame(self, data: bytes, at: int) -> int:
         """Take the frame header at data[at:]; return where its payload begins, 0 if the header is incomplete."""
@@ -1250,9 +1249,9 @@ class Receiver:
                 raise ProtocolError(1002, "a length that is not in the fewest bytes (section 5.2)")
         if not opcode & 0x8 and not compressed and self._size + size > self._max_size:
             raise ProtocolError(1009, "a message longer than %d bytes" % self._max_size)
-        if len(data) < at + 4:
+        if len(data) < at + 4 + size * (opcode >> 3):  # a control frame is taken as a whole
             return 0
-        self._in_frame, self._fin, self._frame_opcode, self._left, self._key = True, fin, opcode, size, data[at:at + 4]
+        self._fin, self._frame_opcode, self._left, self._key = fin, opcode, size, data[at:at + 4]
         if opcode in (TEXT, BINARY):
             self._opcode, self._compressed = opcode, compressed
         return at + 4
@@ -1284,16 +1283,14 @@ class Receiver:
 
     def _check_text(self, chunk: Data, final: bool = False) -> None:
         """Check that text is UTF-8 as far as it has come (section 8.1)."""
-        if self._decoder is None:
-            if chunk.isascii():
-                return
-            self._decoder = codecs.getincrementaldecoder("utf-8")()
-        try:
-            self._decoder.decode(chunk, final)
-        except UnicodeDecodeError:
-            raise ProtocolError(1007, "text that is not UTF-8 (section 8.1)") from None
-        if final:
-            self._decoder = None
+        if self._rest or not chunk.isascii():
+            data = self._rest + chunk
+            try:
+                self._rest = data[codecs.utf_8_decode(data, "strict", final)[1]:]
+            except UnicodeDecodeError:
+                self._rest = b"\xed\xa0"
+            if b"\xed\xa0" <= self._rest < b"\xee":  # half a surrogate, which Python would wait for the end of
+                raise ProtocolError(1007, "text that is not UTF-8 (section 8.1)") from None
 
     @staticmethod
     def _check_close(payload: bytes) -> None:
@@ -1329,9 +1326,10 @@ def negotiate(offers: Iterable[str]) -> Tuple[Optional[PerMessageDeflate], str]:
             if parameters.get("client_max_window_bits", "") is None:  # only says that the answer may set it
                 del parameters["client_max_window_bits"]
             answer = [name, *(key if value is None else key + "=" + value for key, value in parameters.items())]
-            return PerMessageDeflate(
-                int(parameters.get("server_max_window_bits", 15)), int(parameters.get("client_max_window_bits", 15)),
-                "server_no_context_takeover" in parameters, "client_no_context_takeover" in parameters), "; ".join(answer)
+            return PerMessageDeflate(int(parameters.get("server_max_window_bits", 15)),
+                                     int(parameters.get("client_max_window_bits", 15)),
+                                     "server_no_context_takeover" in parameters,
+                                     "client_no_context_takeover" in parameters), "; ".join(answer)
     return None, ""
 
 
@@ -1351,19 +1349,17 @@ class PerMessageDeflate:
         self._inflater: Optional[zlib._Decompress] = None
         self._deflater: Optional[zlib._Compress] = None
 
-    def inflate(self, data: Data, room: int) -> bytes:
+    def inflate(self, data: Data, room: int) -> bytearray:
         """Return what some of a message inflates to. Raises ProtocolError 1009 when that is more than `room`
         bytes, without making more of them, and 1007 for a broken stream."""
         self.used = True
         if self._inflater is None:
             self._inflater = zlib.decompressobj(-self._client_bits)
         try:
-            inflated = self._inflater.decompress(data, room + 1)
-            if self._inflater.eof and len(inflated) <= room:  # after a block with BFINAL a new stream begins
-                rest, self._inflater = self._inflater.unused_data, zlib.decompressobj(-self._client_bits)
-                inflated += self._inflater.decompress(rest, room + 1 - len(inflated))
-                if self._inflater.eof:  # not again and again: each stream takes much longer than its bytes
-                    raise zlib.error
+            inflated = bytearray(self._inflater.decompress(data, room + 1))
+            while self._inflater.eof and len(inflated) <= room:  # after a block with BFINAL a new stream begins
+                data, self._inflater = self._inflater.unused_data, zlib.decompressobj(-self._client_bits)
+                inflated += self._inflater.decompress(data, room + 1 - len(inflated))
         except zlib.error:
             raise ProtocolError(1007, "a message that does not inflate (RFC 7692 section 7.2.2)") from None
         if len(inflated) > room:
@@ -1371,7 +1367,13 @@ class PerMessageDeflate:
         return inflated
 
     def end_of_message(self) -> None:
-        """Forget what must not be carried over to the client's next message."""
+        """Check that the stream is between two blocks; forget what must not be carried over to the next message."""
+        assert self._inflater
+        probe = self._inflater.copy()
+        with contextlib.suppress(zlib.error):
+            probe.decompress(b"\3\0")  # an empty last block
+        if not probe.eof:
+            raise ProtocolError(1007, "a message that does not inflate (RFC 7692 section 7.2.2)")
         if self._client_forgets:
             self._inflater = None
 
@@ -1387,13 +1389,144 @@ class PerMessageDeflate:
 
 # ==== The page =====================================================================================================
 
+PAGE = """\
+<!doctype html><html lang="en">
+<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Echo server</title><link rel="icon" href="data:,">
+<style>
+:root { --page: #ececea; --card: #fff; --ink: #1c2024; --soft: #59626b; --edge: #848c94; --accent: #2f50c8 }
+@media (prefers-color-scheme: dark) {
+  :root { --page: #15171a; --card: #202327; --ink: #e7e9eb; --soft: #a3abb3; --edge: #78818a; --accent: #93abff } }
+* { box-sizing: border-box; margin: 0; font: inherit; color-scheme: light dark }
+body { max-width: 46rem; margin: auto; padding: 1.5rem 1rem; background: var(--page); color: var(--ink);
+  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
+form, section { display: flex; flex-wrap: wrap; align-items: end; gap: .75rem; margin-top: 1rem; padding: 1.25rem;
+  background: var(--card); border-radius: .75rem }
+input, button { min-height: 2.75rem; padding: .25rem .875rem; border: 1px solid var(--edge); border-radius: .5rem;
+  background: var(--card); color: var(--ink); font-size: 1rem }
+button { flex: 1 0 auto } #send, #run { background: var(--accent); border-color: var(--accent); color: var(--card) }
+:disabled { opacity: .5 } :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px }
+h1, #rate { font-size: 1.25rem; font-weight: 600 } label, figure { color: var(--soft); font-size: .875rem }
+label { flex: 1 6rem } label:last-of-type, #rate { flex: 99 8rem; align-self: center }
+label input { margin-top: .25rem } label input, p, #log, figure { width: 100% }
+#state::before { content: "○ " } #state.open::before { content: "● "; color: var(--accent) }
+#log { max-height: 13rem; overflow-y: auto; font: .75rem/1.75 ui-monospace, monospace; white-space: pre }
+#log div { overflow: hidden; text-overflow: ellipsis } figure:has(#ticks:empty) { display: none }
+figure { position: relative; line-height: 1.25rem } figcaption { position: absolute; right: 0; bottom: .5rem }
+#ticks div { height: 1.75rem; border-top: 1px solid var(--page) } :empty:is(p, #log) { position: absolute }
+svg { position: absolute; left: 5rem; width: calc(100% - 5rem); height: calc(100% - 1.75rem); overflow: visible }
+path { stroke: var(--accent); stroke-width: 2.5; stroke-linecap: round; vector-effect: non-scaling-stroke }
+</style>
+<h1>Echo server</h1>
+<form id="connection" method="dialog"> <!-- this method submits to nowhere -->
+  <p id="state" role="status"></p>
+  <label>Close code <input id="close-code" value="1000" inputmode="numeric" required pattern="1000|[34][0-9]{3}"
+    title="1000, or 3000 to 4999"></label>
+  <label>Reason <input id="close-reason" maxlength="41" autocomplete="off"></label>
+  <button id="connect">Connect</button><p id="closed" role="status"></p></form>
+<form id="message" method="dialog">
+  <label>Message <input id="text" value="Hello" autocomplete="off"></label><button id="send">Send</button>
+  <button id="choose" type="button">Send a file</button><input id="file" type="file" aria-label="File" hidden>
+  <div id="log" role="log" aria-label="Messages"></div></form>
+<section aria-label="Ping-pong">
+  <p id="rate" role="status">Round-trip times</p><button id="run">Ping-pong 1000</button><p id="figures"></p>
+  <figure><svg id="chart" viewBox="0 0 999 1" preserveAspectRatio="none" aria-hidden="true"><path id="dots"/></svg>
+    <div id="ticks"></div><figcaption>message 1 to 1000</figcaption></figure></section>
+<script>
+const $ = (id) => document.getElementById(id);
+const line = (textContent) => Object.assign(document.createElement("div"), { textContent });
+const receive = ({ data }) => (waiting.length ? waiting.shift().resolve(data) : log("in", data));
+const isOpen = () => socket.readyState === WebSocket.OPEN;
+let socket, waiting; // `waiting` has one entry for each message under way: the echoes come in the same order
 
-def page() -> HTTPAnswer:
-    """Return the answer that is the page."""
-    return HTTPAnswer(200, PAGE, kind="text/html")
+function connect() {
+  waiting = [];
+  socket = new WebSocket(location.href.replace("http", "ws").split("#")[0]);
+  Object.assign(socket, { binaryType: "arraybuffer", onopen: () => show(), onmessage: receive, onclose: ended });
+}
+function ended({ code, reason, wasClean }) {
+  show(`Closed: ${code} ${reason}`.trim() + (wasClean ? " (clean)" : " (not clean)"));
+  for (const { reject } of waiting) reject(new Error("the connection closed"));
+}
+function show(closed = "") {
+  const state = ["Connecting to", "Connected to", "Disconnecting from", "Not connected to"][socket.readyState];
+  $("state").textContent = `${state} ${socket.url}`;
+  $("state").className = isOpen() ? "open" : "";
+  $("connect").textContent = socket.readyState === WebSocket.CLOSED ? "Connect" : "Disconnect";
+  $("send").disabled = $("choose").disabled = $("run").disabled = !isOpen();
+  $("closed").textContent = closed;
+}
+async function roundTrip(data) {
+  const start = performance.now();
+  socket.send(data);
+  const echo = await new Promise((resolve, reject) => waiting.push({ resolve, reject }));
+  return { echo, ms: performance.now() - start || 1 / 16 }; // a coarse clock may say 0, which has no logarithm
+}
+function send(data) {
+  log("out", data);
+  roundTrip(data).then(({ echo, ms }) => log("in", echo, `${ms.toFixed(1)} ms`), () => log("out", data, "lost"));
+}
+function log(direction, data, note = "") {
+  const bytes = typeof data === "string" ? new TextEncoder().encode(data) : new Uint8Array(data);
+  const hex = Array.from(bytes.subarray(0, 40), (byte) => byte.toString(16).padStart(2, "0")).join(" ");
+  const [kind, start] = typeof data === "string" ? ["text  ", JSON.stringify(data.slice(0, 100))] : ["binary", hex];
+  const columns = [direction.padEnd(3), kind, `${bytes.length} B`.padStart(8), note.padStart(8), start];
+  $("log").prepend(line(columns.join(" ")));
+  $("log").children[100]?.remove();
+}
+async function pingPong() {
+  const times = [], start = performance.now(), drawing = setInterval(draw, 500, times);
+  $("rate").textContent = "Running …";
+  $("run").disabled = true;
+  try {
+    while (times.length < 1000) times.push((await roundTrip(`ping ${times.length}`)).ms);
+    $("rate").textContent = `${Math.round(1e6 / (performance.now() - start))} messages/s`;
+  } catch (error) {
+    $("rate").textContent = `Stopped after ${times.length} messages: ${error.message}`;
+  }
+  clearInterval(drawing);
+  draw(times);
+  $("run").disabled = !isOpen();
+  if (document.activeElement === document.body) $("run").focus({ preventScroll: true }); // which disabling took away
+}
+function draw(times) {
+  if (!times.length) return;
+  const sorted = Float64Array.from(times).sort();
+  const rank = (share) => `${sorted[Math.ceil(share * sorted.length) - 1].toFixed(2)} ms`;
+  const low = Math.floor(Math.log2(sorted[0])), high = Math.floor(Math.log2(sorted.at(-1))) + 1;
+  $("figures").textContent = `Median ${rank(0.5)}, p99 ${rank(0.99)}, max ${rank(1)}`;
+  $("dots").setAttribute("d", times.map((ms, i) => `M${i} ${(high - Math.log2(ms)) / (high - low)}h0`).join(""));
+  $("ticks").replaceChildren(...Array.from({ length: high - low + 1 }, (_, i) => line(`${2 ** (high - i)} ms`)));
+}
+
+$("connection").onsubmit = () => {
+  if (socket.readyState === WebSocket.CLOSED) connect();
+  else socket.close($("close-code").value, $("close-reason").value);
+  show();
+};
+$("message").onsubmit = () => send($("text").value);
+$("run").onclick = pingPong;
+$("choose").onclick = () => {
+  $("file").value = ""; // or choosing the same file again would change nothing
+  $("file").click();
+};
+$("file").onchange = async () => send(await $("file").files[0].arrayBuffer());
+connect();
+show();
+</script>
+"""
 
 
-PAGE = "<!doctype html><title>Echo server</title>"
+def source_hash(tag: str) -> str:
+    """Return what the Content-Security-Policy says of the page's only element of this name."""
+    content = PAGE.partition("<%s>" % tag)[2].partition("</%s>" % tag)[0]
+    return "'sha256-%s'" % base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+
+
+PAGE_FIELDS = (
+    "Content-Security-Policy: default-src 'none'; connect-src 'self'; img-src data:; style-src %s; script-src %s; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'" % (source_hash("style"), source_hash("script")),
+    "Cross-Origin-Opener-Policy: same-origin", "Cross-Origin-Embedder-Policy: require-corp")  # for a finer clock
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -24,7 +24,6 @@ import tempfile
 import textwrap
 import threading
 import time
-import urllib.request
 import warnings
 import zlib
 
@@ -229,7 +228,7 @@ def test_fragments_with_control_frames_between(serve, kind, chop):
             raw.send(sent[at:at + chop])
         assert raw.frames() == [
             whole(PONG, b"\xff\0ping"), whole(TEXT, "Füße".encode()), whole(BINARY), whole(TEXT, b"a" * 300),
-            whole(BINARY), whole(BINARY, b"\xfe\xff"), whole(CLOSE, struct.pack("!H", 3000))]
+            whole(BINARY), whole(BINARY, b"\xfe\xff"), whole(CLOSE, struct.pack("!H", 3000) + "tschüß".encode())]
 
 
 def test_many_messages_in_one_write_come_back_in_order(serve):
@@ -286,6 +285,7 @@ VIOLATIONS = {
     "text that is not UTF-8": (1007, client_frame(TEXT, b"caf\xe9")),
     "text that ends too early": (1007, client_frame(TEXT, b"\xc3")),
     "a surrogate": (1007, client_frame(TEXT, b"\xed\xa0\x80")),
+    "half a surrogate": (1007, client_frame(TEXT, b"a\xed\xa0", fin=False)),
     "wrong text in mid-frame": (1007, client_frame(TEXT, b"a\xffb" + b"c" * 200)[:12]),
     "wrong text in mid-fragment": (1007, client_frame(TEXT, "é".encode(), fin=False)
                                    + client_frame(CONTINUATION, b"\xc3(", fin=False)),
@@ -354,8 +354,13 @@ REFUSALS = {
     "folded field": (400, request(b" folded: x"), b""),
     "control character": (400, request(b"X: a\0b"), b""),
     "cut off": (400, REQUEST[:-2], b""),
+    "HTTP/2, by its preface": (400, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b""),
+    "asterisk": (400, request(line=b"GET * HTTP/1.1"), b""),
+    "NUL in the authority": (400, request(line=b"GET http://a\0/ HTTP/1.1"), b""),
+    "invalid Host": (400, request(b"Host: a b/../@:x"), b""),
     "no Host": (400, request(b"Host"), b""),
     "two Hosts": (400, request(b"X: y\r\nHost: other"), b""),
+    "HEAD elsewhere": (426, b"HEAD /x HTTP/1.1\r\nHost: a\r\n\r\n", b"Upgrade: websocket"),
     "a body": (400, request(b"Content-Length: 5"), b""),
     "a chunked body": (400, request(b"Transfer-Encoding: chunked"), b""),
     "no Connection: Upgrade": (400, request(b"Connection: close"), b""),
@@ -381,12 +386,12 @@ def test_refusal(serve, name):
         sock.sendall(sent)
         if name == "cut off":
             sock.shutdown(socket.SHUT_WR)
-        response = http.client.HTTPResponse(sock)
+        response = http.client.HTTPResponse(sock, method=sent[:4].strip().decode("latin-1"))
         response.begin()
         body = response.read()
         assert (response.status, response.getheader("Connection").split(",")[0]) == (status, "close")
-        assert response.getheader("Content-Type") == "text/plain; charset=utf-8" and body.endswith(b".\n")
-        assert response.getheader("Date") and b"\r" not in body and body.count(b"\n") == 1
+        assert response.getheader("Content-Type") == "text/plain; charset=utf-8" and response.getheader("Date")
+        assert body.endswith(b".\n") and body.count(b"\n") == 1 and b"\r" not in body or sent[:4] == b"HEAD"
         assert not field or field in ("\r\n".join(map(": ".join, response.getheaders()))).encode()
         assert sock.recv(1) == b""
         response.close()
@@ -397,7 +402,8 @@ def test_refusal(serve, name):
 @pytest.mark.parametrize("changes, line", [
     ((), b"GET / HTTP/1.1"), ((b"Connection: keep-alive, upgrade", b"Upgrade: WebSocket"), b"GET /any/path?x=1 HTTP/1.1"),
     ((b"Origin: http://good.example",), b"GET http://localhost/x HTTP/1.1"), ((b"Content-Length: 0",), b"GET / HTTP/1.1"),
-    ((b"X: \xe9  ",), b"GET / HTTP/1.1")])
+    ((b"X: \xe9  ",), b"GET / HTTP/1.1"), ((b"Host: [::1]:80",), b"GET HTTP://localhost?x=1 HTTP/1.9"),
+    ((b"Sec-WebSocket-Protocol: , chat,",), b"GET / HTTP/1.1")])
 def test_accepted(serve, changes, line):
     with Raw(serve(origin="http://good.example"), request(*changes, line=line)) as raw:
         assert raw.head.startswith(b"HTTP/1.1 101 ") and b"Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n" in raw.head
@@ -413,7 +419,7 @@ def test_client_dictionary(serve):
         assert client["address"] == raw.socket.getsockname()[:2]
         headers = client["headers"]
         assert headers["User-Agent"] == headers["user-agent"] == headers.get("USER-AGENT") == "a"
-        assert headers["x-two"] == "1, 2" and headers.get("none", 5) == 5
+        assert headers["x-two"] == "1, 2" and headers.get("none", 5) == 5 and "X-TWO" in headers and "none" not in headers
         with pytest.raises(KeyError):
             headers["none"]
         assert server.handler_to_client(client["handler"]) is client
@@ -623,6 +629,18 @@ def test_a_close_that_is_not_answered_ends_after_close_timeout(serve, kind):
         server.disconnect_clients_gracefully(4000, b"bye")
         assert raw.frames() == [whole(CLOSE, struct.pack("!H", 4000) + b"bye")] and time.monotonic() - begin < 3
         wait_for(lambda: server.clients == [])
+
+
+def test_a_close_that_is_answered_with_everything_else_ends_too(serve):
+    server = serve(Recorder, close_timeout=0.3)
+    with Raw(server) as raw:
+        server.disconnect_clients_gracefully()
+        begin = time.monotonic()
+        with pytest.raises(OSError):
+            while time.monotonic() - begin < PATIENCE:
+                raw.send(client_frame(PING))
+                time.sleep(0.02)
+        assert server.changed.wait(PATIENCE) and 0.2 < time.monotonic() - begin < 3
 
 
 def test_a_client_that_does_not_read_is_dropped(serve, monkeypatch):
@@ -898,6 +916,15 @@ def test_debug_output(serve, caplog):
         r"Binary Message received: client 1: b'\x00hi' (3 bytes)", "socketDisconnected: client 1"]
 
 
+def test_debug_output_where_logging_was_not_set_up(monkeypatch, capsys):
+    monkeypatch.setattr(echoserver.logger, "hasHandlers", lambda: False)
+    before = list(echoserver.logger.handlers)
+    EchoServer(port=0, debug=True).close()
+    (added,) = [handler for handler in echoserver.logger.handlers if handler not in before]
+    echoserver.logger.removeHandler(added)
+    assert "Echoserver listening on port" in capsys.readouterr().err
+
+
 def test_no_attribute_of_a_server_that_could_not_be_made():
     assert not hasattr(EchoServer.__new__(EchoServer), "port")
 
@@ -920,7 +947,7 @@ DEFLATE = "permessage-deflate"
     ([DEFLATE + "; server_max_window_bits"], None), ([DEFLATE + "; server_max_window_bits=16"], None),
     ([DEFLATE + "; server_max_window_bits=09"], None), ([DEFLATE + "; server_max_window_bits=9\""], None),
     ([DEFLATE + "; server_no_context_takeover=1"], None), ([DEFLATE + "; server_no_context_takeover" * 2], None),
-    ([DEFLATE + ";"], None), ([",, ;="], None), (["x-" + DEFLATE], None)])
+    (['x-foo; y="a, %s, b"' % DEFLATE], None), ([DEFLATE + ";"], None), ([",, ;="], None), (["x-" + DEFLATE], None)])
 def test_negotiation(serve, offers, answer):
     """An offer that cannot be taken is declined, and never fails the handshake."""
     with Raw(serve(), request(*(b"X: %d\r\nSec-WebSocket-Extensions: %s" % pair for pair in enumerate(map(str.encode, offers))))) as raw:
@@ -986,7 +1013,7 @@ FINAL = FINAL.compress(b"Hello") + FINAL.flush()  # its last block has BFINAL se
     (1002, client_frame(TEXT, b"\0", fin=False, rsv=4) + client_frame(CONTINUATION, b"\0", rsv=4)),
     (1007, client_frame(BINARY, b"\xff\xff\xff", rsv=4)),
     (1007, client_frame(TEXT, deflater()(b"caf\xe9 au lait") * 50, fin=False, rsv=4)),
-    (1007, client_frame(BINARY, FINAL * 3, rsv=4)),
+    (1007, client_frame(BINARY, b"", rsv=4)), (1007, client_frame(BINARY, bytes.fromhex("f248cd"), rsv=4)),
     (1009, client_frame(BINARY, deflater()(b"\0" * 2**26), rsv=4)),
     (1009, client_frame(BINARY, deflater()(bytes(200)) + b"\0\0\xff\xff", fin=False, rsv=4)
      + client_frame(CONTINUATION, deflater()(bytes(200))))])
@@ -1011,8 +1038,8 @@ def test_a_bomb_never_gets_its_memory():
 def test_block_with_bfinal(serve):
     """RFC 7692 section 7.2.3.4."""
     with compressing(serve()) as raw:
-        for _ in range(2):
-            assert raw.send(client_frame(TEXT, FINAL + b"\0", rsv=4)).frame()[:2] == (0xC0, TEXT)
+        for message in (FINAL + b"\0", FINAL + FINAL + b"\0", FINAL * 50 + b"\0"):
+            assert raw.send(client_frame(TEXT, message, rsv=4)).frame()[:2] == (0xC0, TEXT)
         assert raw.send(client_frame(TEXT, bytes.fromhex("f248cdc9c90700"), rsv=4)).frame()[:2] == (0xC0, TEXT)
 
 
@@ -1273,7 +1300,7 @@ def test_the_fast_path_takes_what_the_full_one_takes():
                 for opcode, pieces in receiver.feed(chunk):
                     got.append((opcode, b"".join(pieces)))
         except echoserver.ProtocolError as error:
-            got.append(error.code)
+            got.append(error.args[0])
         return got
 
     rng = random.Random(7)
@@ -1560,6 +1587,199 @@ def test_fault_of_websocket_server(start, name, monkeypatch, capsys):
                 server._BaseServer__shutdown_request = True
             else:
                 server.close()
+
+
+# ==== The page =========================================================================================
+
+def test_page(serve):
+    """HTML that may load nothing from anywhere else; without content for HEAD."""
+    server = serve()
+    for method in ("GET", "HEAD"):
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
+        with contextlib.closing(connection):
+            connection.request(method, "/?x=1")
+            answer = connection.getresponse()
+            body = answer.read().decode()
+            assert answer.status == 200 and answer.getheader("Content-Type") == "text/html; charset=utf-8"
+            assert "default-src 'none'" in answer.getheader("Content-Security-Policy")
+            assert body == ("" if method == "HEAD" else echoserver.PAGE + "\n")
+            assert int(answer.getheader("Content-Length")) == len((echoserver.PAGE + "\n").encode())
+
+
+FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
+    --disable-component-update --disable-sync --disable-dev-shm-usage --remote-debugging-port=0 --ignore-certificate-errors""".split()
+
+
+def poll(attempt, seconds, what):
+    """Return what `attempt` returns, as soon as that is true."""
+    deadline = time.monotonic() + seconds
+    while True:
+        result = attempt()
+        if result:
+            return result
+        assert time.monotonic() < deadline, "waited %g s for %s" % (seconds, what() if callable(what) else what)
+        time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def chromium(url, program="chromium"):
+    """Show the page in a Chromium of its own; end that, and remove its profile, whatever happens."""
+    profile = tempfile.mkdtemp(prefix="drive-")
+    process = subprocess.Popen([program, *FLAGS, "--user-data-dir=" + profile], start_new_session=True,
+                               stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    page = None
+    try:
+        page = Page(profile, process, url)
+        yield page
+    finally:
+        with contextlib.suppress(Exception):  # in peace if it can be
+            page.call("Browser.close")
+            process.wait(10)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # it leads a group of its own, which its helpers are in
+        process.wait(10)
+        poll(lambda: shutil.rmtree(profile, True) or not os.path.exists(profile), 10, "the profile's end")
+
+
+class Page:
+    """A page in Chromium, and what went wrong in it (`complaints`)."""
+
+    def __init__(self, profile, process, url):
+        port_file = pathlib.Path(profile, "DevToolsActivePort")
+
+        def address():
+            assert process.poll() is None, "chromium ended with status %s" % process.returncode
+            return port_file.exists() and re.fullmatch(r"(\d+)\n(/\S+)", port_file.read_text())
+
+        self.socket = websocket.create_connection(
+            "ws://127.0.0.1:%s%s" % poll(address, 60, "chromium").groups(), timeout=60, suppress_origin=True)
+        self.session, self.number, self.complaints = {}, 0, []
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self.session = {"sessionId": self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
+        for domain in ("Page", "Runtime", "Log"):
+            self.call(domain + ".enable")
+        self.call("Page.navigate", url=url)
+        self.wait("location.href != 'about:blank' && document.readyState == 'complete'")
+
+    def call(self, method, **params):
+        """Call a method of the DevTools protocol."""
+        self.number += 1
+        self.socket.send(json.dumps({"id": self.number, "method": method, "params": params, **self.session}))
+        while True:
+            message = json.loads(self.socket.recv())
+            params = message.get("params", {})
+            if message.get("id") == self.number:
+                assert "error" not in message, "%s: %s" % (method, message["error"])
+                return message["result"]
+            if message.get("method") == "Runtime.exceptionThrown":
+                details = params["exceptionDetails"]
+                self.complaints.append(details.get("exception", {}).get("description") or details["text"])
+            elif message.get("method") == "Log.entryAdded":  # a violation of the policy is one of these
+                self.complaints.append(params["entry"]["text"])
+            elif message.get("method") == "Runtime.consoleAPICalled":
+                shown = [str(arg.get("value", arg.get("description"))) for arg in params["args"]]
+                self.complaints.append(" ".join(shown))
+
+    def evaluate(self, expression):
+        """Return the value of an expression of JavaScript."""
+        result = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in result, "%s: %s" % (expression, result["exceptionDetails"])
+        return result["result"].get("value")
+
+    def wait(self, expression, seconds=30):
+        """Wait until an expression is true."""
+        def seen():
+            return "%s; the page shows: %s" % (expression, self.evaluate("document.body && document.body.innerText"))
+        return poll(lambda: self.evaluate("Boolean(%s)" % expression), seconds, seen)
+
+    def text(self, selector):
+        """Return the text of an element."""
+        return self.evaluate("document.querySelector(%s).textContent" % json.dumps(selector))
+
+    def wait_text(self, selector, pattern, seconds=30):
+        """Wait until the text of an element has a match for a pattern (of JavaScript)."""
+        self.wait("/%s/.test(document.querySelector(%s).textContent)" % (pattern, json.dumps(selector)), seconds)
+        return self.text(selector)
+
+    def type(self, selector, text):
+        """Replace what an input has, and press Enter."""
+        self.evaluate("document.querySelector(%s).select()" % json.dumps(selector))
+        self.call("Input.insertText", text=text)
+        self.press("Enter", "\r")
+
+    def press(self, key, text=""):
+        """Press a key."""
+        code = {"Enter": 13, "Tab": 9, " ": 32}[key]
+        for kind in ("keyDown", "keyUp"):
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=code,
+                      **({"text": text} if text and kind == "keyDown" else {}))
+
+    def click(self, selector):
+        """Click on the middle of an element, which must be visible there and not disabled."""
+        box = self.evaluate("""(() => {
+            const element = document.querySelector(%s);
+            element.scrollIntoView({ block: "center" });
+            const box = element.getBoundingClientRect(), x = box.x + box.width / 2, y = box.y + box.height / 2;
+            return element.contains(document.elementFromPoint(x, y)) && !element.disabled && [x, y];
+        })()""" % json.dumps(selector))
+        assert box, selector + " cannot be clicked"
+        for kind in ("mousePressed", "mouseReleased"):
+            self.call("Input.dispatchMouseEvent", type=kind, x=box[0], y=box[1], button="left", clickCount=1)
+
+    def choose(self, selector, path):
+        """Choose a file in a file chooser."""
+        chooser = self.call("Runtime.evaluate", expression="document.querySelector(%s)" % json.dumps(selector))
+        self.call("DOM.setFileInputFiles", files=[str(path)], objectId=chooser["result"]["objectId"])
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="there is no Chromium here")
+@pytest.mark.parametrize("secure", [False, True])
+def test_page_in_a_browser(request, secure):
+    """Use each control of the page as a person would, over ws and wss; nothing may be complained about."""
+    server = request.getfixturevalue("tls" if secure else "serve")(close_timeout=2)
+    url = server.url.replace("ws", "http", 1) + "/"
+    with chromium(url) as page, tempfile.NamedTemporaryFile(suffix=".bin") as file:
+        assert page.text("title") == "Echo server"
+        page.wait_text("#state", "^Connected")
+        page.wait("!document.querySelector('#run').disabled")
+
+        page.type("#text", "Grüße, <b>Welt</b> 🌍")
+        page.wait_text("#log", r"in +text +25 B +[\d.]+ ms +.Grüße, <b>Welt<\/b> 🌍.*out +text +25 B")
+
+        file.write(bytes(range(256)) * 400)
+        file.flush()
+        page.choose("#file", file.name)
+        page.wait_text("#log", r"in +binary +102400 B +[\d.]+ ms +00 01 02 03.*out +binary +102400 B")
+
+        page.click("#run")
+        rate = float(page.wait_text("#rate", r"^\d+ messages\/s$", seconds=120).split()[0])
+        page.wait("document.querySelector('#chart path').getAttribute('d').split('h0').length == 1001")
+        page.wait("!document.querySelector('#run').disabled")
+        assert rate > 10
+
+        page.evaluate("document.querySelector('#close-reason').value = 'bye'")
+        page.type("#close-code", "1001")  # a browser may not send that one
+        assert not page.evaluate("document.querySelector('#connection').checkValidity()")
+        page.wait_text("#state", "^Connected")
+        page.type("#close-code", "4321")
+        page.wait_text("#closed", r"^Closed: 4321 bye \(clean\)$")
+        page.wait_text("#state", "^Not connected")
+        assert page.evaluate("document.querySelector('#run').disabled && document.querySelector('#send').disabled")
+
+        page.click("#connect")
+        page.wait_text("#state", "^Connected")
+        assert page.text("#closed") == ""
+        page.evaluate("for (const id of ['run', 'connect']) document.getElementById(id).click()")  # closes during it
+        page.wait_text("#rate", r"^Stopped after \d+ messages: the connection closed$")
+        page.wait_text("#closed", "^Closed: 4321")
+        page.click("#connect")
+        page.wait("!document.querySelector('#run').disabled")
+        page.type("#text", "again")
+        page.wait_text("#log", r"in +text +5 B +[\d.]+ ms +.again.")
+
+        page.call("Emulation.setDeviceMetricsOverride", width=360, height=740, deviceScaleFactor=2, mobile=True)
+        page.wait("innerWidth == 360 && document.documentElement.scrollWidth == 360")
+        assert page.complaints == [], page.complaints
 
 
 # ==== The README =======================================================================================
