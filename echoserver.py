@@ -173,7 +173,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         parser.exit(1, "echoserver: error: %s\n" % (error.strerror or error))
 
     def stop(*_: object) -> None:
-        for number in handlers:
+        for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
         server.stop()
 
@@ -266,6 +266,7 @@ class Server(WebsocketServer):
       reuse_port      let several processes share the port (False)
     """
 
+    echoes = False  # the callback for messages only echoes, so it need not be called
     request_queue_size = 4096  # connections that wait to be accepted; a burst must not be refused
     allow_reuse_address = sys.platform != "win32"  # there it would let another program take the port over
     send_timeout = 20.0  # seconds in which a client must take some of what is sent to it
@@ -287,6 +288,8 @@ class Server(WebsocketServer):
         self.ping_interval, self.ping_timeout = ping_interval, ping_timeout
         self.origins = None if origin is None else [origin] if isinstance(origin, str) else list(origin)
         self.compression, self.ssl_context, self.reuse_port = compression, ssl_context, reuse_port
+        if ssl_context:
+            ssl_context.wrap_bio(ssl.MemoryBIO(), ssl.MemoryBIO(), server_side=True)  # raises if it is for clients
         self.tick = max(0.01, min(filter(None, (ping_interval, ping_timeout, close_timeout))))  # longest wait in recv
 
         self._lock = threading.RLock()  # guards the next four, and id_counter; reentrant for signal handlers
@@ -333,10 +336,13 @@ class Server(WebsocketServer):
 
     def start(self) -> None:
         """Serve in a background thread. Does nothing if that was started before."""
-        if self._background is None:
-            self._accepting_ended.clear()
-            self._background = threading.Thread(target=self.serve_forever, name="echoserver accept", daemon=True)
-            self._background.start()
+        with self._lock:
+            if self._closing:
+                raise RuntimeError("this server was closed; make a new one")
+            if self._background is None:
+                thread = threading.Thread(target=self.serve_forever, name="echoserver accept", daemon=True)
+                thread.start()
+                self._background = thread
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Accept connections and give each a thread, until the server is stopped; then close it."""
@@ -345,14 +351,13 @@ class Server(WebsocketServer):
         self.thread = threading.current_thread()
         self._accepting_ended.clear()
         try:
+            self.socket.settimeout(poll_interval)
             while not self._stopping:
                 try:
-                    self.socket.settimeout(poll_interval)
-                    request, client_address = self.socket.accept()
-                    self.process_request(request, client_address)
+                    self.process_request(*self.socket.accept())
                 except socket.timeout:
                     pass  # look whether to stop
-                except (OSError, RuntimeError, MemoryError) as error:  # out of files, of threads or of memory
+                except Exception as error:  # out of files, of threads or of memory, most likely
                     if not self._stopping:
                         self._wait_for_room(error)
         finally:
@@ -402,19 +407,17 @@ class Server(WebsocketServer):
         """Send Close to every client, wait for them, cut those that do not answer. Idempotent.
 
         Returns when no thread of the server is left but the calling one, and after `close_timeout` at the
-        latest: an override that does not return cannot be ended. Raises ValueError for a code or a reason
-        that cannot be sent.
+        latest: an override that does not return cannot be ended. In a signal handler call `stop()` instead,
+        since that may interrupt this very work. Raises ValueError for what a Close may not carry.
         """
         payload = close_payload(code, reason)
         end = time.monotonic() + self.close_timeout
         grace = end - self.close_timeout / 5  # the rest is for cutting off those who do not answer
         me = threading.current_thread()
         with self._lock:
-            first, self._closing = not self._closing, True
+            again, self._closing = self._closing, True
             inside = me is self._background or me in self._connections.values()
-        if not first:
-            if not inside:  # the first call waits for those threads, so they must not wait for it
-                self.closed.wait(self.close_timeout + 1)
+        if again and inside:  # another call waits for this thread, so it must not wait for others
             return
         self.stop()
         if me is not self.thread:
@@ -530,7 +533,6 @@ class Connection:
     gone. It waits while the client does not read, `Server.send_timeout` at most: then the client is cut.
     """
 
-    receiver: Receiver
     client: Optional[Client] = None  # set before the 101 is sent
     compression: Optional[PerMessageDeflate] = None
     has_slot = False  # counts towards max_clients; guarded by the server's lock
@@ -543,7 +545,7 @@ class Connection:
     _room = 479  # bytes to receive at once: as many as Python allocates in its own pools; more when they were filled
 
     def __init__(self, request: socket.socket, client_address: Any, server: Server) -> None:
-        self.request, self.client_address, self.server = request, client_address[:2], server
+        self.request, self.client_address, self.server = request, (client_address or ("", 0))[:2], server
         self.stream: Union[socket.socket, TLSStream] = request
         self._send_lock = threading.RLock()  # held for a frame, or a whole fragmented message, on the wire
 
@@ -559,8 +561,8 @@ class Connection:
                 self.closing = self._write(answer.head + answer.content * (self._method != "HEAD"))
         except ProtocolError as error:  # section 7.1.7: fail the WebSocket connection
             self._fail(*error.args)
-        except Exception:
-            logger.exception("client %d gets Close 1011, since an override raised:", self.client and self.client["id"])
+        except BaseException:  # sys.exit() too
+            logger.exception("client %s gets Close 1011, since an override raised:", self.client and self.client["id"])
             self._fail(1011, "internal error")
         finally:
             self.finish()
@@ -582,7 +584,6 @@ class Connection:
         if not self.has_slot:
             raise HTTPAnswer(503, "This server has all the clients that it takes.", "Retry-After: 5")
         response, subprotocol, self.compression = accept(request, server.origins, server.compression)
-        self.receiver = Receiver(server.max_size, self.compression)
         with self._send_lock:  # nobody's message may overtake the response
             server.enter(self, request, subprotocol)
             sent = self._write(response)
@@ -615,14 +616,14 @@ class Connection:
                 raise ConnectionAbortedError
             data += more
         if isinstance(self.stream, TLSStream):
-            self.stream.receive = self.request.recv
+            self.stream.receive = self._receive_ciphertext
         return parsed
 
     # Handle: sections 5 to 7
 
     def handle(self, data: bytes) -> None:
         """Take what the client sends until the connection is over; `data` is what came already."""
-        server, receiver = self.server, self.receiver
+        server, receiver = self.server, Receiver(self.server.max_size, self.compression)
         self._announced = True
         server.new_client(self.client, server)
         data = data or self._receive()
@@ -661,49 +662,57 @@ class Connection:
 
     def _receive(self) -> bytes:
         """Return what the client sent next, b"" when there is nothing to wait for any more."""
+        if self.closing and time.monotonic() > self._close_deadline:
+            return b""
         try:
             data = self.stream.recv(self._room)
         except (BlockingIOError, TimeoutError):
             return self._receive_after_silence()
         except OSError:
             return b""
-        if self.closing and time.monotonic() > self._close_deadline:
-            return b""
         if len(data) == self._room:
             self._room = min(4 * self._room, MOST)
         return data
 
+    def _receive_ciphertext(self, size: int) -> bytes:
+        """The same for TLS, which may make no plaintext of it."""
+        return b"" if self.closing and time.monotonic() > self._close_deadline else self.request.recv(size)
+
     def _receive_after_silence(self) -> bytes:
         """Wait on, after one tick in vain: send a Ping (section 5.5.2), and give up when it is time."""
-        server = self.server
+        server, now, pinged = self.server, time.monotonic(), False
+        due = now - server.tick + (server.ping_interval or float("inf"))  # when the next step is
         self._room = Connection._room
-        silence, pinged = server.tick, False
-        while True:
-            if self.closing:
-                remaining = self._close_deadline - time.monotonic()
-                if remaining <= 0:
+        try:
+            while True:
+                due = self._close_deadline if self.closing else due
+                if now >= due and self.closing:
                     return b""
-                set_timeout(self.request, socket.SO_RCVTIMEO, min(remaining, server.tick))
-            elif pinged and silence >= server.ping_interval + server.ping_timeout:
-                self._fail(1011, "no answer to a Ping")
-                return b""
-            elif server.ping_interval and not pinged and silence >= server.ping_interval:
-                self.send_ping()
-                pinged = server.ping_timeout > 0
-                silence = silence if pinged else 0
-            try:
-                return self.stream.recv(self._room)
-            except (BlockingIOError, TimeoutError):
-                silence += server.tick
-            except OSError:
-                return b""
+                if now >= due and pinged:
+                    self._fail(1011, "no answer to a Ping")
+                    return b""
+                if now >= due:
+                    self.send_ping()
+                    pinged = server.ping_timeout > 0
+                    due = now + (server.ping_timeout or server.ping_interval)
+                set_timeout(self.request, socket.SO_RCVTIMEO, min(due - now, server.tick))
+                try:
+                    return self.stream.recv(self._room)
+                except (BlockingIOError, TimeoutError):
+                    now = time.monotonic()
+        except OSError:
+            return b""
+        finally:
+            with contextlib.suppress(OSError):
+                set_timeout(self.request, socket.SO_RCVTIMEO, server.tick)
 
     # Finish: section 7
 
     def _fail(self, code: int, reason: str) -> None:
         """Fail the WebSocket connection (section 7.1.7)."""
         self.server.leave(self)
-        self.close_within(-1, close_payload(code, reason))
+        if self.client:
+            self.close_within(-1, close_payload(code, reason))
 
     def finish(self) -> None:
         """End the connection: our half first, then, when the client has ended its own, the rest.
@@ -720,30 +729,36 @@ class Connection:
                 self.stream.shutdown(socket.SHUT_WR)
             else:
                 self.request.shutdown(socket.SHUT_RDWR)  # wakes any thread that is sending
-        if self.client and self._announced:
-            try:
+        try:
+            if self.client and self._announced:
                 server.client_left(self.client, server)
-            except Exception:
-                logger.exception("client_left raised, after client %d had left:", self.client["id"])
-        with contextlib.suppress(OSError):
-            deadline = time.monotonic() + min(self._linger, server.close_timeout)
-            while receive_by(self.request, deadline, LONG):
-                pass
-        server.cut(self)
-        server.forget(self)
-        with self._send_lock:
-            self.closing = True
-        self.request.close()
+        except BaseException:
+            logger.exception("client_left raised, after client %s had left:", self.client and self.client["id"])
+        finally:
+            with contextlib.suppress(OSError):
+                deadline = time.monotonic() + min(self._linger, server.close_timeout)
+                while receive_by(self.request, deadline, LONG):
+                    pass
+            self.abort()
+            if self._send_lock.acquire(timeout=server.close_timeout):  # nobody is sending any more
+                self._send_lock.release()
+            self.compression = None  # its streams need not wait for the garbage collector
+            server.forget(self)
+            self.request.close()
 
     def close_within(self, patience: float, payload: bytes) -> bool:
         """Start the closing handshake, unless it was (section 7.1.2). Returns False if another thread was
-        sending for all of `patience` seconds (-1: wait for it, and for the client to read)."""
-        if not self._send_lock.acquire(timeout=patience):
+        sending for all of `patience` seconds (-1: `close_timeout`, and wait for the client to read)."""
+        if not self._send_lock.acquire(timeout=self.server.close_timeout if patience < 0 else patience):
             return False
         try:
             if not self.closing:
-                self._close_deadline, self.closing = time.monotonic() + self.server.close_timeout, True
-                self._write(frame(CLOSE, payload), 0 if patience < 0 else getattr(socket, "MSG_DONTWAIT", 0))
+                self._close_deadline = time.monotonic() + self.server.close_timeout
+                self.closing = True
+                if patience >= 0:
+                    with contextlib.suppress(OSError):
+                        set_timeout(self.request, socket.SO_SNDTIMEO, 0)
+                self._write(frame(CLOSE, payload))
         finally:
             self._send_lock.release()
         return True
@@ -752,10 +767,10 @@ class Connection:
         """Cut the TCP connection without a Close, after sending some bytes as they are."""
         if last_words:
             with self._send_lock:
-                self._write(last_words)
+                if not self.closing:
+                    self._write(last_words)
+        self.closing = True  # without the lock, which someone may hold who waits for the client to read
         self.server.cut(self)
-        with self._send_lock:
-            self.closing = True
 
     # Send
 
@@ -815,17 +830,18 @@ class Connection:
             header = frame_header(opcode, size, rsv1=compress)
             if size <= LONG:
                 return self._write(b"".join([header, *pieces]))
-            return self._write(header) and all(map(self._write, pieces))  # spares a copy
+            return self._write(header, *pieces)  # spares a copy
 
     def _check_no_fragments(self) -> None:
         if self._fragmenting:  # by this thread, since it holds the lock
             raise RuntimeError("a message cannot be sent between the fragments of another (section 5.4)")
 
-    def _write(self, data: Data, flags: int = 0) -> bool:
+    def _write(self, *pieces: Data) -> bool:
         """Hand bytes to TCP; _send_lock is held. After a failure the connection is of no more use, since a
         part of a frame may be out."""
         try:
-            self.stream.sendall(data, flags)
+            for piece in pieces:
+                self.stream.sendall(piece)
         except OSError:
             self.closing = True
             self.server.cut(self)
@@ -839,7 +855,8 @@ def set_timeout(sock: socket.socket, option: int, seconds: float) -> None:
     The kernel keeps the time, where settimeout() would cost a poll() for every recv() and send().
     """
     milliseconds = max(1, int(seconds * 1000))
-    value = milliseconds if sys.platform == "win32" else struct.pack("ll", *divmod(milliseconds * 1000, 10**6))
+    layout = "qq" if option in (66, 67) else "ll"  # a struct timeval; these numbers have it with 64 bits everywhere
+    value = milliseconds if sys.platform == "win32" else struct.pack(layout, *divmod(milliseconds * 1000, 10**6))
     sock.setsockopt(socket.SOL_SOCKET, option, value)
 
 
@@ -871,44 +888,45 @@ class TLSStream:
 
     def handshake(self) -> None:
         """Do the TLS handshake. Raises OSError; ssl.SSLError is one."""
-        while True:
-            try:
-                with self._tls_lock:
-                    return self._tls.do_handshake()
-            except ssl.SSLWantReadError:
-                pass
-            finally:
-                self.sendall(b"")
-            self._feed()
+        self._run(self._tls.do_handshake)
 
     def recv(self, size: int) -> bytes:
         """Return some plaintext, b"" when it has ended. Raises what `receive` raises."""
+        try:
+            plaintext: bytes = self._run(lambda: self._tls.read(size))
+            return plaintext
+        except ssl.SSLError:
+            return b""
+
+    def _run(self, step: Callable[[], Any]) -> Any:
+        """Do a step of TLS, with as much of what the peer sends as it takes; send what it makes besides."""
         while True:
+            unsent = 0
             try:
                 with self._tls_lock:
-                    return self._tls.read(size)
+                    try:
+                        return step()
+                    finally:
+                        unsent = self._outgoing.pending
             except ssl.SSLWantReadError:
-                self._feed()
-            except ssl.SSLError:
-                return b""
+                pass
+            finally:
+                if unsent:
+                    self.sendall(b"")
+            ciphertext = self.receive(LONG)
+            with self._tls_lock:
+                self._incoming.write(ciphertext) if ciphertext else self._incoming.write_eof()
 
-    def _feed(self) -> None:
-        """Give the TLS object more of what the peer sends."""
-        ciphertext = self.receive(LONG)
-        with self._tls_lock:
-            self._incoming.write(ciphertext) if ciphertext else self._incoming.write_eof()
-
-    def sendall(self, data: Data, flags: int = 0) -> None:
+    def sendall(self, data: Data) -> None:
         """Send plaintext, behind whatever else the TLS object has to send. Raises OSError."""
-        rest = memoryview(data)
+        plaintext = memoryview(data)
         with self._wire_lock:
-            while True:
+            for at in range(0, len(data) or 1, LONG):
                 with self._tls_lock:
-                    rest = rest[self._tls.write(rest):] if rest else rest
+                    if data:
+                        self._tls.write(plaintext[at:at + LONG])
                     ciphertext = self._outgoing.read()
-                self._sock.sendall(ciphertext, flags)
-                if not rest:
-                    break
+                self._sock.sendall(ciphertext)
 
     def shutdown(self, how: int) -> None:
         """Send close_notify, then end the TCP connection in this direction. Raises OSError."""
@@ -988,14 +1006,14 @@ def parse_request(data: bytes) -> Optional[Tuple[Request, bytes]]:
     match = REQUEST_LINE.fullmatch(line)
     if not match:
         raise HTTPAnswer(400, "The request line is malformed.")
-    headers = Headers()
+    fields: Dict[str, str] = {}
     for line in lines:
         field = FIELD_LINE.fullmatch(line)
         if not field:
             raise HTTPAnswer(400, "A header field is malformed.")
         name, value = field[1].lower(), field[2].strip(" \t")
-        headers[name] = headers[name] + ", " + value if name in headers else value
-    return Request(match[1], "/" + match[2], match[3], headers), data[end + 4:]
+        fields[name] = fields[name] + ", " + value if name in fields else value
+    return Request(match[1], "/" + match[2], match[3], Headers(fields)), data[end + 4:]
 
 
 def accept(request: Request, origins: Optional[Sequence[str]], compression: bool

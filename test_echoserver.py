@@ -391,7 +391,7 @@ def test_refusal(serve, name):
         body = response.read()
         assert (response.status, response.getheader("Connection").split(",")[0]) == (status, "close")
         assert response.getheader("Content-Type") == "text/plain; charset=utf-8" and response.getheader("Date")
-        assert body.endswith(b".\n") and body.count(b"\n") == 1 and b"\r" not in body or sent[:4] == b"HEAD"
+        assert sent[:4] == b"HEAD" or (body.endswith(b".\n") and body.count(b"\n") == 1 and b"\r" not in body)
         assert not field or field in ("\r\n".join(map(": ".join, response.getheaders()))).encode()
         assert sock.recv(1) == b""
         response.close()
@@ -499,6 +499,18 @@ def test_silence_is_pinged_and_any_traffic_is_a_sign_of_life(serve):
         assert server.changed.wait(PATIENCE) and [c["id"] for c in server.clients] == [1]
 
 
+@pytest.mark.parametrize("interval, timeout, close", [(0.25, 0.2, 0.15), (0.2, 0.19, 5), (0.2, 0.2, 0.19), (0.1, 0.3, 0.2)])
+def test_a_ping_and_the_end_come_in_time(serve, interval, timeout, close):
+    """Also where the times are no multiples of each other."""
+    with Raw(serve(ping_interval=interval, ping_timeout=timeout, close_timeout=close)) as raw:
+        begin = time.monotonic()
+        assert raw.frame() == whole(PING)
+        pinged = time.monotonic()
+        assert close_code(raw.frames()) == 1011
+        ended = time.monotonic()
+        assert -0.02 < pinged - begin - interval < 0.5 and -0.02 < ended - pinged - timeout < 0.5
+
+
 def test_pings_without_a_timeout(serve):
     with Raw(serve(ping_interval=0.03, ping_timeout=0)) as raw:
         assert [raw.frame() for _ in range(4)] == [whole(PING)] * 4
@@ -528,6 +540,15 @@ def test_exception_in_an_override(serve, caplog, name):
     server.close()
     (record,) = caplog.records
     assert "client 2" in record.getMessage() and "on purpose" in caplog.text and "Traceback" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["message_received", "client_left"])
+def test_sys_exit_in_an_override_leaks_nothing(serve, caplog, name):
+    server = serve(type("Exiting", (EchoServer,), {name: lambda *_: sys.exit()}))
+    with Raw(server) as raw:
+        raw.send(GOOD, client_frame(CLOSE)).frames()
+    wait_for(lambda: not server.server._connections)
+    assert server.server._slots == 0 and "SystemExit" in caplog.text
 
 
 def test_what_an_override_sends_is_on_the_wire_before_it_blocks(serve):
@@ -618,7 +639,43 @@ def test_nothing_is_taken_after_a_close_was_sent(serve):
         assert raw.send(GOOD, GOOD, client_frame(PING)).frame() == whole(TEXT, b"good")
         assert raw.frame() == whole(CLOSE, struct.pack("!H", 3333) + b"enough")
         assert [c["id"] for c in server.clients] == [1]  # the closing handshake is not over
-        assert raw.send(GOOD, client_frame(CLOSE)).frames() == [] and server.messages == ["good"]
+        raw.send(GOOD)
+        server.clients[0]["handler"].abort(b"late")
+        assert raw.frames() == [] and server.messages == ["good"]
+
+
+def test_the_fast_path_answers_nothing_after_a_close(serve):
+    server = serve()
+    with Raw(server) as raw:
+        server.disconnect_clients_gracefully()
+        assert raw.frame() == whole(CLOSE, struct.pack("!H", 1000))
+        assert raw.send(GOOD, client_frame(CLOSE)).frames() == []
+
+
+def test_reset_after_a_silence(serve, caplog):
+    server = serve(Recorder, ping_interval=0.03, ping_timeout=PATIENCE)
+    with Raw(server) as raw:
+        assert raw.frame() == whole(PING)
+        raw.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    assert server.changed.wait(PATIENCE) and not caplog.records
+
+
+def test_gone_before_the_answer(serve, monkeypatch):
+    """Who does not get the 101 never was a client."""
+    server = serve(Recorder)
+    monkeypatch.setattr(echoserver.Connection, "_write", lambda *_: False)
+    with socket.create_connection(("127.0.0.1", server.port), PATIENCE) as sock:
+        sock.sendall(REQUEST)
+        assert sock.recv(1) == b""
+    assert server.calls == [] and server.clients == []
+
+
+def test_a_fault_before_there_is_a_client(serve, monkeypatch, caplog):
+    server = serve()
+    monkeypatch.setattr(echoserver, "parse_request", None)
+    with socket.create_connection(("127.0.0.1", server.port), PATIENCE) as sock:
+        assert sock.recv(1) == b""
+    assert "client None" in caplog.text
 
 
 @pytest.mark.parametrize("kind", [EchoServer, Recorder])
@@ -737,6 +794,66 @@ def test_close_before_the_start_and_in_every_order():
         Raw(twice).close()
     with pytest.raises(ValueError):
         EchoServer.close(twice, 1006)
+
+
+def test_no_start_after_the_close(serve):
+    server = serve()
+    server.close()
+    with pytest.raises(RuntimeError, match="make a new one"):
+        server.start()
+
+
+def test_a_later_close_waits_for_what_an_earlier_one_in_an_override_could_not(serve):
+    class Quit(EchoServer):
+        def message_received(self, client, server, message):
+            self.close()
+
+    server = serve(Quit, close_timeout=0.5)
+    with Raw(server) as raw:
+        assert raw.send(GOOD).frame() == whole(CLOSE, struct.pack("!H", 1001))
+        server.close()
+        assert not server.server._connections
+
+
+def test_fragments_that_do_not_come_hold_up_nobody(serve, caplog):
+    """A generator that waits in another thread keeps only its own connection from being closed in order."""
+    go_on = threading.Event()
+    server = serve(close_timeout=0.2)
+    with Raw(server) as raw:
+        (client,) = server.clients
+
+        def pieces():
+            yield "first"
+            go_on.wait(PATIENCE)
+            yield "second"
+
+        feeding = threading.Thread(target=client["handler"].send_fragments, args=(pieces(),))
+        feeding.start()
+        assert raw.frame() == (0, TEXT, b"first")
+        client["handler"].abort()
+        assert raw.frames() == []
+        server.close()
+        go_on.set()
+        feeding.join()
+
+
+def test_what_accept_and_threads_may_do_does_not_end_the_server(serve, monkeypatch):
+    """On macOS a connection that is gone already has no address."""
+    server = serve()
+    made, connection = [], echoserver.Connection
+
+    def strange(request, client_address, server):
+        made.append(1)
+        if len(made) == 1:
+            request.close()
+            raise ValueError("on purpose")
+        return connection(request, None, server)
+
+    monkeypatch.setattr(echoserver, "Connection", strange)
+    with socket.create_connection(("127.0.0.1", server.port), PATIENCE) as first:
+        assert first.recv(1) == b""
+    with Raw(server) as second:
+        assert second.send(GOOD).frame() == whole(TEXT, b"good") and server.clients[0]["address"] == ("", 0)
 
 
 def test_serve_forever_returns_when_all_is_closed():
@@ -1131,6 +1248,26 @@ def test_a_silent_tls_client_holds_up_nobody(tls, certificate):
         half.sendall(b"\x16\x03\x01")
         half.shutdown(socket.SHUT_WR)
         assert b"HTTP" not in half.recv(100)
+
+
+def test_a_context_for_clients_is_refused_at_once():
+    with pytest.raises((ssl.SSLError, ValueError)):
+        EchoServer(port=0, ssl_context=ssl.create_default_context())
+
+
+def test_tls_records_without_plaintext_do_not_outlast_a_close(tls, certificate):
+    """In TLS 1.2 a request to renegotiate is refused with an alert, and never becomes plaintext."""
+    context = trusting(certificate)
+    server = tls(Recorder, close_timeout=0.3)
+    with Raw(server, context=context) as raw:
+        server.disconnect_clients_gracefully()
+        assert raw.frame() == whole(CLOSE, struct.pack("!H", 1000))
+        begin = time.monotonic()
+        with contextlib.suppress(OSError):
+            while time.monotonic() - begin < PATIENCE:  # parts of a record, and so never any plaintext
+                socket.socket.sendall(raw.socket, b"\x17\x03\x03\x40\0" if time.monotonic() == begin else b"\0")
+                time.sleep(0.02)
+        assert server.changed.wait(PATIENCE) and time.monotonic() - begin < 3
 
 
 def test_tls_client_that_vanishes(tls, certificate):
