@@ -288,8 +288,8 @@ class Server(WebsocketServer):
         self.ping_interval, self.ping_timeout = ping_interval, ping_timeout
         self.origins = None if origin is None else [origin] if isinstance(origin, str) else list(origin)
         self.compression, self.ssl_context, self.reuse_port = compression, ssl_context, reuse_port
-        if ssl_context:
-            ssl_context.wrap_bio(ssl.MemoryBIO(), ssl.MemoryBIO(), server_side=True)  # raises if it is for clients
+        if ssl_context and ssl_context.protocol == ssl.PROTOCOL_TLS_CLIENT:
+            raise ValueError("ssl_context must be for a server, not for clients")
         self.tick = max(0.01, min(filter(None, (ping_interval, ping_timeout, close_timeout))))  # longest wait in recv
 
         self._lock = threading.RLock()  # guards the next four, and id_counter; reentrant for signal handlers

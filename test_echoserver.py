@@ -76,12 +76,10 @@ def nothing_left_behind(request):
     if "start_bare" in request.node.name:
         yield
         return
-    gc.collect()
     threads, sockets = set(threading.enumerate()), open_sockets()
     yield
-    gc.collect()
     wait_for(lambda: set(threading.enumerate()) <= threads, "threads to end: %s" % threading.enumerate())
-    wait_for(lambda: open_sockets() <= sockets, "sockets to be closed")
+    wait_for(lambda: open_sockets() <= sockets or (gc.collect() and False), "sockets to be closed")
 
 
 @pytest.fixture
@@ -1251,8 +1249,8 @@ def test_a_silent_tls_client_holds_up_nobody(tls, certificate):
 
 
 def test_a_context_for_clients_is_refused_at_once():
-    with pytest.raises((ssl.SSLError, ValueError)):
-        EchoServer(port=0, ssl_context=ssl.create_default_context())
+    with pytest.raises(ValueError, match="for a server"):
+        EchoServer(port=0, ssl_context=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
 
 
 def test_tls_records_without_plaintext_do_not_outlast_a_close(tls, certificate):
