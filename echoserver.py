@@ -424,20 +424,20 @@ class Server(WebsocketServer):
             self._accepting_ended.wait(self.close_timeout)
         self.server_close()
         with self._lock:
-            others = {c: thread for c, thread in self._connections.items() if thread is not me}
-            own = [c for c, thread in self._connections.items() if thread is me]
-        for connection in others:
+            connections = dict(self._connections)
+        threads = {self._background, *connections.values()} - {me, None}
+        for connection in connections:
             if not connection.client:  # still in its opening handshake
                 self.cut(connection)
-        busy = [c for c in (*others, *own) if c.client and not c.close_within(0, payload)]
+        busy = [c for c in connections if c.client and not c.close_within(0, payload)]
         for connection in busy:  # another thread is sending to it
             connection.close_within(max(0, grace - time.monotonic()), payload)
-        threads = [*others.values(), *([self._background] if self._background not in (me, None) else [])]
         join(threads, grace)
-        for connection in others:
-            self.cut(connection)
+        for connection, thread in connections.items():
+            if thread is not me:
+                self.cut(connection)
         join(threads, end)
-        stuck = sum(thread.is_alive() for thread in threads)
+        stuck = sum(thread.is_alive() for thread in threads if thread)
         if stuck:
             logger.warning("closed, but %d threads are still in an override", stuck)
         self.closed.set()
@@ -515,10 +515,10 @@ class Server(WebsocketServer):
             handler.abort()
 
 
-def join(threads: Iterable[threading.Thread], until: float) -> None:
+def join(threads: Iterable[Optional[threading.Thread]], until: float) -> None:
     """Wait for threads to end, but not past the time `until`."""
     for thread in threads:
-        if thread.is_alive():
+        if thread and thread.is_alive():
             thread.join(max(0, until - time.monotonic()))
 
 
