@@ -734,7 +734,7 @@ def test_close_sends_1001_and_leaves_nothing(serve):
 
 def test_close_cuts_who_does_not_answer_in_time(serve, monkeypatch, caplog):
     """Silent, opening, and stuck in a send: all are gone when close() returns, and it returns in time."""
-    server = serve(close_timeout=1)
+    server = serve(close_timeout=2)
     with Raw(server), Raw(server) as stuck, socket.create_connection(("127.0.0.1", server.port)):
         stuck.socket.settimeout(0.2)
         with contextlib.suppress(OSError):
@@ -742,7 +742,7 @@ def test_close_cuts_who_does_not_answer_in_time(serve, monkeypatch, caplog):
                 stuck.send(client_frame(BINARY, b"x" * 65536, key=b"\0\0\0\0") * 8)
         begin = time.monotonic()
         server.close()
-        assert 0.5 < time.monotonic() - begin < 1 and not caplog.records
+        assert 1 < time.monotonic() - begin < 2 and not caplog.records
 
 
 def test_close_in_an_override(serve):
@@ -1477,7 +1477,7 @@ def test_slow_openers_resets_and_random_frames(serve, caplog):
         del server.messages[:], server.calls[:]
         gc.collect()
         growth, before = resident() - before, resident()
-    assert growth < 2**22 and not caplog.records
+    assert growth < 2**23 and not caplog.records
 
 
 def test_nothing_from_a_client_gets_into_an_answer_or_the_log(serve, caplog):
@@ -1579,7 +1579,7 @@ def freezing_in_send(start):
 
             sending = threading.Thread(target=send, daemon=True)
             sending.start()
-            sending.join(1)
+            sending.join(2)
             assert not sending.is_alive()
     finally:
         echoserver.Server.send_timeout = before
