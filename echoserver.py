@@ -1190,6 +1190,8 @@ def whole_frames(data: bytes, max_size: int) -> Tuple[List[Data], int]:
                 return frames, at
         frames += header, payload
         at = after
+        if at == end:
+            return frames, at
 
 
 class Receiver:
