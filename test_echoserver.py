@@ -650,6 +650,44 @@ def test_the_fast_path_answers_nothing_after_a_close(serve):
         assert raw.send(GOOD, client_frame(CLOSE)).frames() == []
 
 
+@pytest.mark.skipif(not hasattr(socket, "MSG_DONTWAIT"), reason="this system cannot look without waiting")
+def test_a_connection_looks_before_it_sleeps_only_while_that_pays():
+    """Each receive in a letter: "." slept at once, a digit found it at that look, "x" looked in vain."""
+    class Socket:
+        def recv(self, size, flags=0):
+            self.looks += 1 if flags else 0
+            if flags and self.looks != self.found_at:
+                raise BlockingIOError
+            return b"found" if flags else b"slept"
+
+    def receive(found_at=1):
+        wire.looks, wire.found_at = 0, found_at
+        found = connection._receive()
+        return str(wire.looks) if found == b"found" else "x" if wire.looks else "."
+
+    with contextlib.closing(EchoServer(port=0)) as server:
+        wire = Socket()
+        connection = echoserver.Connection(wire, None, server.server)
+        assert "".join(receive() for _ in range(35)) == "." * 33 + "11"
+        assert receive(found_at=3) == "3"
+        assert receive(found_at=None) == "x" and wire.looks == connection._looks
+        assert "".join(receive() for _ in range(34)) == "." * 32 + "11"
+        server.server.latest = None  # as after another client's message
+        assert "".join(receive() for _ in range(35)) == "." * 33 + "11"
+        connection._looks = 0  # as with TLS
+        assert receive() == "."
+
+
+def test_a_reset_found_by_looking(serve, caplog):
+    server = serve(Recorder)
+    client = Raw(server)
+    for _ in range(100):
+        assert client.send(client_frame(TEXT, b"quick")).frame()
+    client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.close()
+    assert server.changed.wait(PATIENCE) and not caplog.records
+
+
 def test_reset_after_a_silence(serve, caplog):
     server = serve(Recorder, ping_interval=0.03, ping_timeout=PATIENCE)
     with Raw(server) as raw:
