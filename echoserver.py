@@ -413,7 +413,7 @@ class Server(WebsocketServer):
         """
         payload = close_payload(code, reason)
         end = time.monotonic() + self.close_timeout
-        grace = end - self.close_timeout / 5  # the rest is for cutting off those who do not answer
+        grace = end - self.close_timeout / 4  # the rest is for cutting off those who do not answer
         me = threading.current_thread()
         with self._lock:
             again, self._closing = self._closing, True
@@ -605,11 +605,8 @@ class Connection:
             self._looks = 0  # what comes is ciphertext
             tls.handshake()
             receive = tls.recv
-        data = b""
-        while True:
-            parsed = parse_request(data)
-            if parsed:
-                break
+        data, parsed = b"", None
+        while not parsed:
             try:
                 more = receive(4096)
             except TimeoutError:
@@ -619,6 +616,7 @@ class Connection:
             if not more:
                 raise ConnectionAbortedError
             data += more
+            parsed = parse_request(data)
         if isinstance(self.stream, TLSStream):
             self.stream.receive = self._receive_ciphertext
         return parsed
@@ -1006,7 +1004,9 @@ class Headers(Dict[str, str]):
 
     def tokens(self, name: str, normal: Callable[[str], str] = str) -> List[str]:
         """Return the items of a field that is a list, each put in its normal form (RFC 9110 section 5.6.1)."""
-        value = re.sub('"[^"]*"', lambda quoted: quoted[0].replace(",", " "), self.get(name, ""))
+        value = self.get(name, "")
+        if '"' in value:
+            value = re.sub('"[^"]*"', lambda quoted: quoted[0].replace(",", " "), value)
         return [normal(item.strip(" \t")) for item in value.split(",") if item.strip(" \t")]
 
 
@@ -1027,7 +1027,7 @@ def parse_request(data: bytes) -> Optional[Tuple[Request, bytes]]:
     head = data if end < 0 else data[:end]
     if len(head) > MAX_HEAD:
         raise HTTPAnswer(431, "The request's header is longer than %d bytes." % MAX_HEAD)
-    if (data and not data[:1].isalpha()) or head.count(b"\n") > head.count(b"\r\n"):
+    if not data[:1].isalpha() or head.count(b"\n") > head.count(b"\r\n"):
         raise HTTPAnswer(400, "This is no HTTP request.")
     if end < 0:
         return None

@@ -710,6 +710,7 @@ def test_a_fault_before_there_is_a_client(serve, monkeypatch, caplog):
     server = serve()
     monkeypatch.setattr(echoserver, "parse_request", None)
     with socket.create_connection(("127.0.0.1", server.port), PATIENCE) as sock:
+        sock.sendall(REQUEST)
         assert sock.recv(1) == b""
     assert "client None" in caplog.text
 
