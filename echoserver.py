@@ -178,11 +178,16 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         server.stop()
 
     handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    interval = sys.getswitchinterval()
     try:
+        # Every send and receive lets go of the interpreter, so nobody need ask for it. If thousands of threads
+        # that wait for it did that every 5 ms, as is usual, the processor would be busy with nothing else.
+        sys.setswitchinterval(0.5)
         print("Echo server listening on %s port %d: %s (Ctrl-C stops it)"
               % (server.host, server.port, server.url), flush=True)
         server.serve_forever()
     finally:
+        sys.setswitchinterval(interval)
         for number, handler in handlers.items():
             signal.signal(number, handler)
     return 0
@@ -440,7 +445,7 @@ class Server(WebsocketServer):
         join(threads, end)
         stuck = sum(thread.is_alive() for thread in threads if thread)
         if stuck:
-            logger.warning("closed, but %d threads are still in an override", stuck)
+            logger.warning("closed, but %d threads have not ended", stuck)
         self.closed.set()
 
     # The registers
@@ -519,8 +524,9 @@ class Server(WebsocketServer):
 def join(threads: Iterable[Optional[threading.Thread]], until: float) -> None:
     """Wait for threads to end, but not past the time `until`."""
     for thread in threads:
-        if thread and thread.is_alive():
-            thread.join(max(0, until - time.monotonic()))
+        remaining = until - time.monotonic()
+        if thread and remaining > 0:
+            thread.join(remaining)
 
 
 # ==== One connection ===============================================================================================
