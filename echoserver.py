@@ -307,6 +307,7 @@ class Server(WebsocketServer):
         self._accepting_ended = threading.Event()
         self._accepting_ended.set()
         self._last_complaint = float("-inf")  # belongs to the accepting thread
+        self.inherited = b""  # the listening socket's SO_RCVTIMEO; set before it accepts
         self.latest: Optional[Connection] = None  # received something last; only a hint, so no lock guards it
         self.closed = threading.Event()
         try:
@@ -352,12 +353,17 @@ class Server(WebsocketServer):
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Accept connections and give each a thread, until the server is stopped; then close it."""
-        if self.closed.is_set():
-            raise RuntimeError("this server was closed; make a new one")
-        self.thread = threading.current_thread()
-        self._accepting_ended.clear()
+        with self._lock:  # either close() waits until this ends, or this does nothing
+            if self._closing and threading.current_thread() is self._background:
+                return
+            if self._closing:
+                raise RuntimeError("this server was closed; make a new one")
+            self.thread = threading.current_thread()
+            self._accepting_ended.clear()
         try:
             self.socket.settimeout(poll_interval)
+            self.set_options(self.socket)  # what it accepts inherits them, which is quicker than to set them
+            self.inherited = self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, 16)
             while not self._stopping:
                 try:
                     self.process_request(*self.socket.accept())
@@ -374,6 +380,12 @@ class Server(WebsocketServer):
         """Serve in this thread until interrupted, or in a background thread (websocket-server's name for it)."""
         with contextlib.suppress(KeyboardInterrupt):
             self.start() if threaded else self.serve_forever()
+
+    def set_options(self, sock: socket.socket) -> None:
+        """Set what a connection needs: its messages leave at once, and its waits are bounded."""
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        set_timeout(sock, socket.SO_SNDTIMEO, self.send_timeout)
+        set_timeout(sock, socket.SO_RCVTIMEO, self.tick)
 
     def process_request(self, request: socket.socket, client_address: Any) -> None:
         """Give a new connection a thread of its own (socketserver's name for it)."""
@@ -556,6 +568,7 @@ class Connection:
     def __init__(self, request: socket.socket, client_address: Any, server: Server) -> None:
         self.request, self.client_address, self.server = request, (client_address or ("", 0))[:2], server
         self.stream: Union[socket.socket, TLSStream] = request
+        self._longest_wait = server.tick  # in recv(), as the socket has it
         self._send_lock = threading.RLock()  # held for a frame, or a whole fragmented message, on the wire
 
     def run(self) -> None:
@@ -583,10 +596,10 @@ class Connection:
         server = self.server
         try:
             self.request.settimeout(None)  # whatever the host program's default is
-            self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            set_timeout(self.request, socket.SO_SNDTIMEO, server.send_timeout)
+            if self.request.getsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, 16) != server.inherited:
+                server.set_options(self.request)  # a system on which sockets do not inherit them
             request, early = self._read_request(time.monotonic() + server.open_timeout)
-            set_timeout(self.request, socket.SO_RCVTIMEO, server.tick)
+            self._wait_at_most(server.tick)
         except OSError:  # gone, or no TLS: there is nobody to answer
             return b""
         self._method = request.method
@@ -605,7 +618,7 @@ class Connection:
 
     def _read_request(self, deadline: float) -> Tuple[Request, bytes]:
         """Read a request, all of it before the deadline, in clear text or TLS."""
-        receive: Callable[[int], bytes] = functools.partial(receive_by, self.request, deadline)
+        receive: Callable[[int], bytes] = functools.partial(self._receive_by, deadline)
         if self.server.ssl_context:
             self.stream = tls = TLSStream(self.request, self.server.ssl_context, receive)
             self._looks = 0  # what comes is ciphertext
@@ -626,6 +639,23 @@ class Connection:
         if isinstance(self.stream, TLSStream):
             self.stream.receive = self._receive_ciphertext
         return parsed
+
+    def _receive_by(self, deadline: float, size: int) -> bytes:
+        """Receive some bytes before the time `deadline`. Raises TimeoutError, or another OSError."""
+        remaining = deadline - time.monotonic()
+        if remaining <= 0:
+            raise TimeoutError
+        self._wait_at_most(remaining)
+        try:
+            return self.request.recv(size)
+        except BlockingIOError:
+            raise TimeoutError from None
+
+    def _wait_at_most(self, seconds: float) -> None:
+        """Bound each wait in recv(), unless it is bounded so already (to a few milliseconds). Raises OSError."""
+        if not seconds <= self._longest_wait < seconds + 0.005:
+            set_timeout(self.request, socket.SO_RCVTIMEO, seconds)
+            self._longest_wait = seconds
 
     # Handle: sections 5 to 7
 
@@ -729,7 +759,7 @@ class Connection:
                     self.send_ping()
                     pinged = server.ping_timeout > 0
                     due = now + (server.ping_timeout or server.ping_interval)
-                set_timeout(self.request, socket.SO_RCVTIMEO, min(due - now, server.tick))
+                self._wait_at_most(min(due - now, server.tick))
                 try:
                     return self.stream.recv(self._room)
                 except (BlockingIOError, TimeoutError):
@@ -738,7 +768,7 @@ class Connection:
             return b""
         finally:
             with contextlib.suppress(OSError):
-                set_timeout(self.request, socket.SO_RCVTIMEO, server.tick)
+                self._wait_at_most(server.tick)
 
     # Finish: section 7
 
@@ -771,7 +801,7 @@ class Connection:
         finally:
             with contextlib.suppress(OSError):
                 deadline = time.monotonic() + min(self._linger, server.close_timeout)
-                while receive_by(self.request, deadline, LONG):
+                while self._receive_by(deadline, LONG):
                     pass
             self.abort()
             if self._send_lock.acquire(timeout=server.close_timeout):  # nobody is sending any more
@@ -891,18 +921,6 @@ def set_timeout(sock: socket.socket, option: int, seconds: float) -> None:
     layout = "qq" if option in (66, 67) else "ll"  # a struct timeval; these numbers have it with 64 bits everywhere
     value = milliseconds if sys.platform == "win32" else struct.pack(layout, *divmod(milliseconds * 1000, 10**6))
     sock.setsockopt(socket.SOL_SOCKET, option, value)
-
-
-def receive_by(sock: socket.socket, deadline: float, size: int) -> bytes:
-    """Receive some bytes before the time `deadline`. Raises TimeoutError, or another OSError."""
-    remaining = deadline - time.monotonic()
-    if remaining <= 0:
-        raise TimeoutError
-    set_timeout(sock, socket.SO_RCVTIMEO, remaining)
-    try:
-        return sock.recv(size)
-    except BlockingIOError:
-        raise TimeoutError from None
 
 
 class TLSStream:

@@ -833,6 +833,18 @@ def test_close_before_the_start_and_in_every_order():
         EchoServer.close(twice, 1006)
 
 
+def test_closed_before_its_thread_has_begun(capsys):
+    server = EchoServer(port=0).server
+    with server._lock:  # the thread waits for this
+        server.start()
+        server._closing = True  # as in close()
+        server.server_close()
+    server._background.join(PATIENCE)
+    assert not server._background.is_alive() and capsys.readouterr().err == ""
+    with pytest.raises(RuntimeError):
+        server.serve_forever()
+
+
 def test_no_start_after_the_close(serve):
     server = serve()
     server.close()
@@ -872,6 +884,21 @@ def test_fragments_that_do_not_come_hold_up_nobody(serve, caplog):
         server.close()
         go_on.set()
         feeding.join()
+
+
+def test_the_options_of_a_socket_are_the_same_inherited_or_not():
+    """Not inherited: socketserver's handle_request() accepts one connection without serve_forever()."""
+    found = []
+    for run in (lambda server: server.start(), lambda server: threading.Thread(target=server.handle_request).start()):
+        with contextlib.closing(EchoServer(port=0, host="127.0.0.1")) as server:
+            run(server)
+            with Raw(server) as raw:
+                assert raw.send(client_frame(TEXT, b"hello")).frame() == whole(TEXT, b"hello")
+                sock = server.clients[0]["handler"].request
+                found.append([sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0] + [
+                    sock.getsockopt(socket.SOL_SOCKET, option, 16) for option in (
+                        socket.SO_RCVTIMEO, socket.SO_SNDTIMEO)])
+    assert found[0] == found[1] and found[0][0] and found[0][1].strip(b"\0") and found[0][2].strip(b"\0")
 
 
 def test_what_accept_and_threads_may_do_does_not_end_the_server(serve, monkeypatch):
