@@ -666,6 +666,7 @@ class Connection:
         server.new_client(self.client, server)
         data = data or self._receive()
         while data:
+            used = 0
             if receiver.between_messages:
                 frames, used = whole_frames(data, server.max_size)
                 if not server.echoes:
@@ -675,11 +676,7 @@ class Connection:
                     with self._send_lock:
                         if not self.closing:
                             self._write(b"".join(frames))
-                if used == len(data):
-                    data = self._receive()
-                    continue
-                data = data[used:]
-            for opcode, pieces in receiver.feed(data):
+            for opcode, pieces in receiver.feed(data[used:]) if used < len(data) else ():
                 if opcode == CLOSE:
                     server.leave(self)  # before the answer: a client that has it is on no list any more
                     self._linger = 0 if self.closing else 1
