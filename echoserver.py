@@ -537,7 +537,7 @@ def join(threads: Iterable[Optional[threading.Thread]], until: float) -> None:
     """Wait for threads to end, but not past the time `until`."""
     for thread in threads:
         remaining = until - time.monotonic()
-        if thread and remaining > 0:
+        if thread and thread.is_alive() and remaining > 0:
             thread.join(remaining)
 
 
