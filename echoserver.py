@@ -180,9 +180,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     interval = sys.getswitchinterval()
     try:
-        # Every send and receive lets go of the interpreter, so nobody need ask for it. If thousands of threads
-        # that wait for it did that every 5 ms, as is usual, the processor would be busy with nothing else.
-        sys.setswitchinterval(0.5)
+        server.switch_interval = 50e-6
         print("Echo server listening on %s port %d: %s (Ctrl-C stops it)"
               % (server.host, server.port, server.url), flush=True)
         server.serve_forever()
@@ -274,7 +272,11 @@ class Server(WebsocketServer):
     echoes = False  # the callback for messages only echoes, so it need not be called
     request_queue_size = 4096  # connections that wait to be accepted; a burst must not be refused
     allow_reuse_address = sys.platform != "win32"  # there it would let another program take the port over
-    send_timeout = 20.0  # seconds in which a client must take some of what is sent to it
+    send_timeout = 20.0  # seconds in which a client must take some of what is sent to it; read when serving begins
+    # Threads that wait for the interpreter ask for it at its switch interval, which is 5 ms. If thousands do, the
+    # processor is busy with nothing else; so for each connection it grows by this many seconds, to 0.5 at most. It is
+    # the whole process's, so that main() alone sets this.
+    switch_interval = 0.0
     spare_threads = 100  # threads beyond max_clients: to answer 503, and for connections that are ending
 
     def __init__(self, host: str = "127.0.0.1", port: int = 0, *, max_size: int = 16 * 2**20,
@@ -367,7 +369,7 @@ class Server(WebsocketServer):
             while not self._stopping:
                 try:
                     self.process_request(*self.socket.accept())
-                except socket.timeout:
+                except (socket.timeout, BlockingIOError):
                     pass  # look whether to stop
                 except Exception as error:  # out of files, of threads or of memory, most likely
                     if not self._stopping:
@@ -397,6 +399,8 @@ class Server(WebsocketServer):
             if admitted:
                 self._connections[connection] = thread
                 self._slots += connection.has_slot
+            if self.switch_interval:
+                sys.setswitchinterval(min(max(0.005, len(self._connections) * self.switch_interval), 0.5))
         try:
             if admitted:
                 thread.start()
@@ -493,6 +497,8 @@ class Server(WebsocketServer):
         """A connection's thread is about to end; from now on nobody touches its socket but that thread."""
         with self._lock:
             self._connections.pop(connection, None)
+            if self.latest is connection:
+                self.latest = None
 
     def cut(self, connection: Connection) -> None:
         """End a connection's TCP connection both ways, if it has not ended. Wakes whoever waits in it."""

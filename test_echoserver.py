@@ -25,6 +25,7 @@ import textwrap
 import threading
 import time
 import warnings
+import weakref
 import zlib
 
 import pytest
@@ -833,6 +834,38 @@ def test_close_before_the_start_and_in_every_order():
         EchoServer.close(twice, 1006)
 
 
+def test_the_switch_interval_grows_with_the_connections(serve, monkeypatch):
+    """Or thousands of threads wake each other up and do nothing else; with few, a flood would hold up the others."""
+    intervals = []
+    monkeypatch.setattr(sys, "setswitchinterval", intervals.append)
+    server = serve().server
+    with Raw(server):
+        assert intervals == []
+        for server.switch_interval in (0.01, 50e-6, 1):
+            Raw(server).close()
+            wait_for(lambda: len(server.clients) == 1)
+    assert intervals == [pytest.approx(0.02), 0.005, 0.5]
+
+
+def test_a_connection_that_is_over_is_not_kept(serve):
+    server = serve(Recorder)
+    with Raw(server) as raw:
+        assert raw.send(client_frame(TEXT, b"hello")).frame() == whole(TEXT, b"hello")
+        kept = weakref.ref(server.clients[0]["handler"])
+    wait_for(lambda: [gc.collect()] and kept() is None, "the connection to be freed")
+
+
+def test_a_listening_socket_without_poll(caplog):
+    """serve_forever(None), where accept() waits as long as the socket says."""
+    with contextlib.closing(EchoServer(port=0, ping_interval=0.02)) as server:
+        thread = threading.Thread(target=server.server.serve_forever, args=(None,))
+        thread.start()
+        time.sleep(0.1)
+        Raw(server).close()
+    thread.join(PATIENCE)
+    assert not caplog.records
+
+
 def test_closed_before_its_thread_has_begun(capsys):
     server = EchoServer(port=0).server
     with server._lock:  # the thread waits for this
@@ -1381,20 +1414,25 @@ def test_a_second_signal_ends_the_program_at_once():
         assert process.wait(2) == -signal.SIGTERM
 
 
-def test_main(capsys):
+def test_main(capsys, monkeypatch):
     """In this process, for the coverage: the signal comes when the start line does."""
-    before, interval, intervals = signal.getsignal(signal.SIGTERM), sys.getswitchinterval(), []
+    before, interval, made = signal.getsignal(signal.SIGTERM), sys.getswitchinterval(), []
+
+    class Kept(EchoServer):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            made.append(self)
 
     class Stdout(io.StringIO):
         def flush(self):
             if "Ctrl-C" in self.getvalue():
-                intervals.append(sys.getswitchinterval())
                 os.kill(os.getpid(), signal.SIGTERM)
 
+    monkeypatch.setattr(echoserver, "EchoServer", Kept)
     with contextlib.redirect_stdout(Stdout()):
         assert echoserver.main(["0", "--host", "127.0.0.1", "--no-compression"]) == 0
     assert signal.getsignal(signal.SIGTERM) is before and sys.getswitchinterval() == interval
-    assert max(intervals) > 0.1  # or thousands of threads wake each other up, and do nothing else
+    assert made[0].switch_interval > 0 == echoserver.Server.switch_interval
 
 
 @pytest.mark.parametrize("arguments, status, message", [
