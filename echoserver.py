@@ -363,7 +363,7 @@ class Server(WebsocketServer):
             self.thread = threading.current_thread()
             self._accepting_ended.clear()
         try:
-            self.socket.settimeout(poll_interval)
+            self.socket.settimeout(poll_interval or None)  # 0 would make the loop a busy one
             self.set_options(self.socket)  # what it accepts inherits them, which is quicker than to set them
             self.inherited = self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, 16)
             while not self._stopping:
@@ -742,7 +742,8 @@ class Connection:
         return b""
 
     def _receive_ciphertext(self, size: int) -> bytes:
-        """The same for TLS, which may make no plaintext of it."""
+        """Receive from the socket for TLS. That may make no plaintext of it and ask again, so time is checked here
+        as in `_receive`."""
         return b"" if self.closing and time.monotonic() > self._close_deadline else self.request.recv(size)
 
     def _receive_after_silence(self) -> bytes:

@@ -855,12 +855,15 @@ def test_a_connection_that_is_over_is_not_kept(serve):
     wait_for(lambda: [gc.collect()] and kept() is None, "the connection to be freed")
 
 
-def test_a_listening_socket_without_poll(caplog):
-    """serve_forever(None), where accept() waits as long as the socket says."""
+@pytest.mark.parametrize("poll_interval", [None, 0])
+def test_a_listening_socket_without_poll(caplog, poll_interval):
+    """There accept() waits as long as the socket's own options say: no busy loop, no complaint."""
     with contextlib.closing(EchoServer(port=0, ping_interval=0.02)) as server:
-        thread = threading.Thread(target=server.server.serve_forever, args=(None,))
+        thread = threading.Thread(target=server.server.serve_forever, args=(poll_interval,))
+        before = time.process_time()
         thread.start()
         time.sleep(0.1)
+        assert time.process_time() - before < 0.08
         Raw(server).close()
     thread.join(PATIENCE)
     assert not caplog.records
@@ -915,6 +918,7 @@ def test_fragments_that_do_not_come_hold_up_nobody(serve, caplog):
         client["handler"].abort()
         assert raw.frames() == []
         server.close()
+        wait_for(lambda: "echoserver connection" not in {thread.name for thread in threading.enumerate()})
         go_on.set()
         feeding.join()
 
