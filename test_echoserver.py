@@ -1098,7 +1098,8 @@ def test_one_processor_holds_the_threads_that_do_not_encrypt(certificate, secure
 def test_two_processes_take_two_processors():
     with contextlib.ExitStack() as stack:
         claim = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
-        claim.bind("\0echoserver on processor %d" % min(os.sched_getaffinity(0)))  # as a server that runs there
+        with contextlib.suppress(OSError):  # where a server runs already, that is as good
+            claim.bind("\0echoserver on processor %d" % min(os.sched_getaffinity(0)))
         process, _ = run(0, "--host", "127.0.0.1")
         with process:
             place = os.sched_getaffinity(process.pid)
