@@ -598,18 +598,20 @@ def one_processor() -> Iterator[Set[int]]:
     if len(allowed) < max(2, os.cpu_count() or 0) or not getattr(sys, "_is_gil_enabled", lambda: True)():
         yield set()
         return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as claim:
-        processor = sorted(allowed)[os.getpid() % len(allowed)]  # if all are taken
-        for free in sorted(allowed):
-            with contextlib.suppress(OSError):
-                claim.bind("\0echoserver on processor %d" % free)
-                processor = free
-                break
-        os.sched_setaffinity(0, {processor})
-        try:
-            yield allowed
-        finally:
-            os.sched_setaffinity(0, allowed)
+    held: Set[int] = set()
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # a sandbox may forbid any of this
+            claim = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+            processor = sorted(allowed)[os.getpid() % len(allowed)]  # if all are taken
+            for free in sorted(allowed):
+                with contextlib.suppress(OSError):
+                    claim.bind("\0echoserver on processor %d" % free)
+                    processor = free
+                    break
+            os.sched_setaffinity(0, {processor})
+            stack.callback(os.sched_setaffinity, 0, allowed)
+            held = allowed
+        yield held
 
 
 # ==== One connection: the life of a thread =========================================================================
@@ -639,6 +641,9 @@ class Connection:
     closed_first: Optional[str] = None  # who sent the first Close frame, "server" or "client"; guarded by _send_lock
     _deadline = float("inf")  # when to stop waiting for the client to end TCP, once it is about to
     _fragments: Optional[Tuple[int, threading.Event]] = None  # the thread that sends fragments, and their end; as above
+    _is_spread = False  # this thread may use every processor
+    _callback: Any = None  # the last one, and what only_echoes() said of it
+    _callback_echoes = False
     _until_look = 32  # messages until it looks for the next one before it sleeps
     _room = 479  # bytes to receive at once: as many as fit Python's own pools, and more while they are filled
 
@@ -753,7 +758,9 @@ class Connection:
         """Take the messages that `data` begins with, by the fast path; return what is left of it."""
         server, client, callback = self.server, self.client, self.server.message_received
         frames, used = whole_frames(data, server.max_size)
-        if server.only_echoes():
+        if callback is not self._callback:
+            self._callback, self._callback_echoes = callback, server.only_echoes()
+        if self._callback_echoes:
             with self._send_lock:
                 if self._fragments or not frames:
                     return data
@@ -838,8 +845,9 @@ class Connection:
 
     def _use_all_processors(self) -> None:
         """Let this thread use every processor again: what it does now runs beside the interpreter."""
-        if self.server.processors:
+        if self.server.processors and not self._is_spread:
             os.sched_setaffinity(0, self.server.processors)
+        self._is_spread = True
 
     # Finish: section 7
 
@@ -895,12 +903,8 @@ class Connection:
         if not self._send_lock.acquire(blocking=False):
             return False
         try:
-            if self.state is OPEN:
-                if opcode == CLOSE:
-                    self._begin_closing("server")
-                self._stream.try_send(frame(opcode, payload))
-        except OSError:
-            self.abort()
+            if self.state is OPEN and (opcode != CLOSE or self._begin_closing("server")):
+                self._write(frame(opcode, payload), wait=False)
         finally:
             self._send_lock.release()
         return True
@@ -982,9 +986,9 @@ class Connection:
                 if self.compression and compress:
                     pieces = self.compression.deflate(b"".join(pieces)),
                 size = len(pieces[0]) if len(pieces) == 1 else sum(map(len, pieces))
-                header = frame_header(opcode, size, rsv1=compress)
+                header = frame_header(opcode, size, True, compress)
                 if size <= LONG:
-                    return self._write(header + b"".join(pieces))
+                    return self._write(header + (pieces[0] if len(pieces) == 1 else b"".join(pieces)))
                 return all(map(self._write, (header, *pieces)))  # spares a copy
         return self._take_turn() and self._send_data(opcode, *pieces)
 
@@ -1003,10 +1007,10 @@ class Connection:
             if not ended.wait(max(0, deadline - time.monotonic())):
                 return False
 
-    def _write(self, data: Data) -> bool:
+    def _write(self, data: Data, wait: bool = True) -> bool:
         """Send bytes; _send_lock is held. After a failure the connection is over: a part of a frame may be out."""
         try:
-            self._stream.sendall(data)
+            self._stream.sendall(data, wait)
         except OSError:
             self.abort()
             return False
@@ -1084,13 +1088,16 @@ class TCPStream:
             with contextlib.suppress(*TIMED_OUT):
                 return self._sock.recv(size)
 
-    def sendall(self, data: Data) -> None:
-        """Send bytes. Raises OSError; TimeoutError if the peer takes them too slowly."""
+    def sendall(self, data: Data, wait: bool = True) -> None:
+        """Send bytes. Raises OSError: TimeoutError if the peer takes them too slowly, BlockingIOError if it does not
+        take them at once and this must not wait."""
         try:
             sent = self._sock.send(data, DONTWAIT)
         except TIMED_OUT:
             sent = 0
         if sent != len(data):
+            if not wait:
+                raise BlockingIOError
             self._send_as_it_reads(memoryview(data)[sent:])
 
     def _send_as_it_reads(self, data: memoryview) -> None:
@@ -1108,11 +1115,6 @@ class TCPStream:
                         raise TimeoutError
         finally:
             self._hold(-size)
-
-    def try_send(self, data: bytes) -> None:
-        """Send bytes without waiting. Raises OSError if TCP does not take them at once."""
-        if self._sock.send(data, DONTWAIT) < len(data):
-            raise BlockingIOError
 
     def shutdown(self) -> None:
         """End TCP in our direction. Raises OSError."""
@@ -1180,19 +1182,14 @@ class TLSStream:
                 self._tls.write(plaintext)
             return self._outgoing.read()
 
-    def sendall(self, data: Data) -> None:
-        """Send plaintext, behind whatever else the TLS object has to send. Raises OSError."""
+    def sendall(self, data: Data, wait: bool = True) -> None:
+        """Send plaintext, behind whatever else the TLS object has to send. Raises OSError as TCPStream does."""
         plaintext = memoryview(data)
-        with self._wire_lock:
-            for at in range(0, len(data) or 1, LONG):
-                self._tcp.sendall(self._encrypt(plaintext[at:at + LONG]))
-
-    def try_send(self, data: bytes) -> None:
-        """Send plaintext without waiting. Raises OSError if TCP does not take it at once."""
-        if not self._wire_lock.acquire(timeout=1):  # its holder may be sending to a client that does not read
+        if not self._wire_lock.acquire(timeout=-1 if wait else 1):  # its holder sends to a client that does not read
             raise BlockingIOError
         try:
-            self._tcp.try_send(self._encrypt(data))
+            for at in range(0, len(data) or 1, LONG):
+                self._tcp.sendall(self._encrypt(plaintext[at:at + LONG]), wait)
         finally:
             self._wire_lock.release()
 
@@ -1201,7 +1198,7 @@ class TLSStream:
         with contextlib.suppress(ssl.SSLError), self._tls_lock:
             self._tls.unwrap()  # raises, since it would like to wait for the peer's
         with contextlib.suppress(OSError):
-            self.try_send(b"")
+            self.sendall(b"", wait=False)
         self._tcp.shutdown()
 
 
@@ -1781,7 +1778,8 @@ function connect() {
   socket = new WebSocket(location.href.replace("http", "ws").split("#")[0]);
   socket.binaryType = "arraybuffer";
   socket.onopen = () => show();
-  socket.onmessage = ({ data }) => log("in", data, `${(performance.now() - sent.shift()).toFixed(1)} ms`);
+  socket.onmessage = ({ data }) =>
+    log("in", data, sent.length ? `${(performance.now() - sent.shift()).toFixed(1)} ms` : "");
   socket.onclose = ({ code, reason, wasClean }) =>
     show(`. Closed: ${code} ${reason}`.trimEnd() + (wasClean ? " (clean)" : " (not clean)"));
   show();
