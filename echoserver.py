@@ -5,21 +5,20 @@
     with EchoServer(port=0) as server:           # in a program: serves in a background thread
         client = websocket.create_connection(server.url)
 
-To learn the pattern, read `EchoServer`: three callbacks and a list of clients. `Server`, above it, supplies what
-the package websocket-server lacks. The other chapters use the words of RFC 6455.
+To learn the pattern, read `EchoServer`: three callbacks and a list of clients. `Server`, above it, supplies what the
+package websocket-server lacks. The other chapters use the words of RFC 6455.
 
-`Server`, `Connection` and the streams own sockets and threads, and decide nothing about the protocol. The chapters
-marked "bytes in, values out" decide all of it, and touch no socket.
-
-One thread accepts connections. Each connection has a thread of its own, which alone reads from it and calls its
-callbacks. Any thread may send. `Connection._send_lock` keeps the frames on one wire in order. `Server._lock` guards
-the register of connections, their states and the counts. A thread that needs both takes them in this order.
+`Server` and `Connection` own sockets and threads, and decide nothing about the protocol. The chapters with "bytes in,
+values out" decide all of it, and touch no socket. One thread accepts connections. Each connection has its own thread,
+which alone reads from it and calls its callbacks. Any thread may send. `Connection._send_lock` keeps the frames on one
+wire in order; `Server._lock` guards the register of connections and the counts. They are taken in this order.
 """
 from __future__ import annotations
 
 import argparse
 import base64
 import codecs
+import collections
 import contextlib
 import email.utils
 import enum
@@ -38,7 +37,7 @@ import sys
 import threading
 import time
 import zlib
-from typing import Any, Callable, Dict, Iterable, Iterator, NamedTuple, Sequence, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Sequence, Union
 
 import _socket
 
@@ -56,16 +55,15 @@ __all__ = ["EchoServer", "Server"]
 
 Client = Dict[str, Any]
 Data = Union[bytes, bytearray, memoryview]
+Pieces = List[Union[bytes, bytearray]]
 
 # ==== The server: the listening socket, its threads, the register of connections ===================================
-
-
 class Server(WebsocketServer):
     """websocket-server's WebsocketServer with what it lacks: the whole protocol, limits, safety in threads.
 
-    It takes websocket-server's arguments (`port` 0 means a free one; `key` and `cert`, two PEM files, make it wss://),
-    and each option below by name. Raises OSError when it cannot listen or use the certificate, ValueError for an
-    option out of range, TypeError for one that does not exist.
+    It takes websocket-server's arguments (port 0 means a free one; `key` and `cert`, PEM files, make it wss://), and
+    each option below by name. Raises OSError when it cannot listen or use the certificate, ValueError or TypeError for
+    an option that is out of range or does not exist.
     """
 
     # Options; times are in seconds
@@ -82,7 +80,6 @@ class Server(WebsocketServer):
     ssl_context: ssl.SSLContext | None = None  # serves wss://
     reuse_port = False  # lets several processes share the port
     debug = False  # shows connections and messages through the logger "echoserver"; may be set at any time
-
     # Knobs
     looks = 64  # how often a lone client's connection looks for the next message before it sleeps, 1 or 2 µs each
     processors: Iterable[int] = ()  # what a thread may use that one_processor() has held to one
@@ -93,15 +90,12 @@ class Server(WebsocketServer):
     _least = {"max_size": 0, "max_pending": 0, "max_clients": 1, "open_timeout": 0.01, "close_timeout": 0.01,
               "send_timeout": 0.01, "ping_interval": 0, "ping_timeout": 0}
     _options = {*_least, "origin", "compression", "ssl_context", "reuse_port", "debug"}
-    _errors = {errno.EADDRINUSE: "choose another port or stop the program that has this one",
-               errno.EACCES: "choose a port from 1024 up"}
 
     def __init__(self, host: str = "127.0.0.1", port: int = 0, loglevel: int = logging.WARNING,
                  key: str | None = None, cert: str | None = None, **options: Any) -> None:
-        for name, value in options.items():
-            if name not in self._options:
-                raise TypeError("there is no option %r" % name)
-            setattr(self, name, value)
+        for name in options.keys() - self._options:
+            raise TypeError("there is no option %r" % name)
+        self.__dict__.update(options)
         limits = [(name, getattr(self, name), least, 2**33) for name, least in self._least.items()]
         for name, value, least, most in [("port", port, 0, 65535), *limits]:
             if not least <= value <= most:
@@ -111,30 +105,26 @@ class Server(WebsocketServer):
         for origin in self.origins or ():
             if not ORIGIN.fullmatch(origin):
                 raise ValueError("origin must be as browsers send it, like https://example.org, not %r" % origin)
-        if cert is not None or key is not None:
-            self.ssl_context = tls_context(cert, key)
+        self.ssl_context = self.ssl_context if cert is key is None else tls_context(cert, key)
         if self.ssl_context and self.ssl_context.protocol == ssl.PROTOCOL_TLS_CLIENT:
             raise ValueError("ssl_context must be for a server, not for clients")
-        self._lock = threading.RLock()  # guards the next five, the states and id_counter
+        self._lock = threading.RLock()  # guards the next lines, the states and id_counter
         self._connections: dict[Connection, threading.Thread] = {}  # every connection that has a thread
-        self._places = 0  # how many of them are CONNECTING or OPEN
-        self._pending = 0  # bytes that count towards max_pending
-        self._closing = False  # close() was called
+        self._places = self._pending = 0  # how many of them are CONNECTING or OPEN; bytes that max_pending bounds
+        self._closing = self._stopping = False  # close() was called; no new connections, for good (no lock)
         self._background: threading.Thread | None = None  # what start() started
-        self._stopping = False  # only ever becomes True: no new connections
         self._serving_pid: int | None = None  # the process that serves; a child that it forks does not
         self._accepting, self._closer = threading.Lock(), threading.Lock()  # held while a thread accepts, or closes
         self._next_complaint = 0.0  # belongs to the accepting thread
         self.closed = threading.Event()
         try:
             found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-            self.address_family, _, _, _, self._address = min(found, key=lambda info: info[0] != socket.AF_INET)
-            super().__init__(str(self._address[0]), port, loglevel, key, cert)
+            info = min(found, key=lambda info: info[0] != socket.AF_INET)
+            self.address_family, self._address = info[0], info[4]
+            super().__init__(host, port, loglevel, key, cert)
         except OSError as error:
-            hint = self._errors.get(error.errno or 0, "choose an address of this machine")
-            raise OSError(error.errno, "cannot listen on %s port %d: %s; %s"
-                          % (host, port, error.strerror or error, hint)) from None
-        self.host = host
+            raise OSError(error.errno, "cannot listen on %s port %d: %s; choose another port, or an address of "
+                          "this machine" % (host, port, error.strerror or error)) from None
         self._log("Echoserver listening on port %d", self.port)
 
     def server_bind(self) -> None:
@@ -150,19 +140,11 @@ class Server(WebsocketServer):
         super().server_bind()
 
     @property
-    def tick(self) -> float:
-        """Seconds after which each wait on a connection looks at the clock: an eighth of the shortest time."""
-        times = (self.open_timeout, self.close_timeout, self.send_timeout, self.ping_interval, self.ping_timeout)
-        return max(0.01, min(filter(None, times)) / 8)
-
-    @property
     def url(self) -> str:
         """Where a client on this machine connects."""
         host = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
         host = "[%s]" % host.replace("%", "%25") if ":" in host else host
         return "%s://%s:%d" % ("wss" if self.ssl_context else "ws", host, self.port)
-
-    # Start, serve, stop, close
 
     def start(self) -> None:
         """Serve in a background thread. Does nothing if that was started before."""
@@ -194,7 +176,6 @@ class Server(WebsocketServer):
         self._serving_pid = os.getpid()
 
     def _accept(self, poll_interval: float = 0.5) -> None:
-        """Accept connections until stop()."""
         with self._accepting:
             with contextlib.suppress(OSError):  # closed meanwhile
                 self.socket.settimeout(poll_interval)
@@ -252,8 +233,7 @@ class Server(WebsocketServer):
             for sock in [self.socket, *(connection.request for connection in list(self._connections))]:
                 sock.close()
             self.closed = threading.Event()
-            self.closed.set()
-            return
+            return self.closed.set()
         end = time.monotonic() + self.close_timeout
         grace = end - self.close_timeout / 4  # the rest of the time is for cutting those that do not answer
         with self._lock:
@@ -261,20 +241,22 @@ class Server(WebsocketServer):
             inside = me is self._background or me in self._connections.values()
         # One call closes at a time. One in a callback does not wait for another, which waits for this very thread.
         if not self._closer.acquire(timeout=0 if inside else self.close_timeout):
-            return
+            return None
         try:
             self.server_close()
             if me is not self.thread and self._accepting.acquire(timeout=self.close_timeout):
                 self._accepting.release()
             with self._lock:
                 connections = dict(self._connections)
-            threads = [t for t in (self._background, *connections.values()) if t not in (None, me)]
+            threads = {t for t in (self._background, *connections.values()) if t and t is not me}
             self._close_all(connections, payload, grace)
-            join(threads, grace)
-            for connection, thread in connections.items():
-                if thread is not me:
-                    self.cut(connection)
-            stuck = join(threads, end)
+            for until in grace, end:
+                for thread in filter(threading.Thread.is_alive, threads):
+                    thread.join(max(0, until - time.monotonic()))
+                for connection, thread in connections.items():
+                    if thread is not me:
+                        connection.abort()
+            stuck = sum(map(threading.Thread.is_alive, threads))
             if stuck:
                 logger.warning("closed, but %d threads have not ended", stuck)
             self.closed.set()
@@ -291,7 +273,7 @@ class Server(WebsocketServer):
 
     def _close_all(self, connections: Iterable[Connection], payload: bytes, until: float) -> None:
         """Send Close to all at once. One that another thread sends to is tried again, and cut at the time `until`."""
-        waiting = [] if self._in_forked_child() else list(connections)
+        waiting = list(connections)
         while True:
             waiting = [connection for connection in waiting if not connection.send_control(CLOSE, payload, 0)]
             if not waiting or time.monotonic() >= until:
@@ -299,8 +281,6 @@ class Server(WebsocketServer):
             time.sleep(0.01)
         for connection in waiting:
             connection.abort()
-
-    # The register of connections
 
     def _enter(self, connection: Connection, thread: threading.Thread) -> bool:
         """Register a connection, unless there are far too many. Over `max_clients` it begins as CLOSED, for its 503."""
@@ -329,23 +309,16 @@ class Server(WebsocketServer):
         with self._lock:
             if state <= connection.state:
                 return False
-            if connection.state < CLOSING <= state:
+            if connection.state < CLOSING <= state and connection in self._connections:
                 self._places -= 1
             connection.state = state
             return True
 
     def forget(self, connection: Connection) -> None:
-        """Take a connection off the register: its thread is about to close the socket."""
+        """End a connection, and take it off the register; then its socket may be closed."""
+        connection.abort()
         with self._lock:
-            if self._connections.pop(connection, None):
-                self.advance(connection, CLOSED)
-
-    def cut(self, connection: Connection) -> None:
-        """End TCP both ways, which wakes every thread that waits there. Not after forget(): by then the number of the
-        socket may be another's."""
-        with self._lock, contextlib.suppress(OSError):
-            if connection in self._connections and not self._in_forked_child():
-                connection.request.shutdown(socket.SHUT_RDWR)
+            self._connections.pop(connection, None)
 
     def hold(self, size: int) -> bool:
         """Count bytes that a client makes the server keep, or gives back. False, and over `max_pending`."""
@@ -366,8 +339,8 @@ class Server(WebsocketServer):
     # The rest of websocket-server's interface works as it is, on these
 
     def send_message(self, client: Client, msg: str | Data) -> bool:
-        """Send text (str) or binary (bytes), from any thread. Returns True when TCP has the message, False if the
-        client is gone. Waits while the client does not read: see `send_timeout`."""
+        """Send text (str) or binary (bytes), from any thread. Returns True when TCP has all of it, which may take
+        `send_timeout` for each 256 KiB, or False if the client is gone."""
         return client["handler"].send_message(msg)  # type: ignore[no-any-return]
 
     def _disconnect_clients_gracefully(self, status: int = 1000, reason: str | bytes = b"") -> None:
@@ -399,22 +372,10 @@ class Server(WebsocketServer):
             logger.debug(text, *values)
 
 
-def join(threads: Iterable[threading.Thread | None], until: float) -> int:
-    """Wait for threads to end, but not past the time `until`. Return how many have not."""
-    for thread in threads:
-        if thread and thread.is_alive():
-            thread.join(max(0, until - time.monotonic()))
-    return sum(thread.is_alive() for thread in threads if thread)
-
-
 # ==== The echo pattern =============================================================================================
-
-
 def only_echoes(callback: Callable[..., None]) -> Callable[..., None]:
-    """Let the fast path answer in place of a message callback, as long as its code is just the echo below.
-
-    A callback that is edited loses this by itself: what you read is what runs.
-    """
+    """Let the fast path answer in place of a message callback, as long as its code is just the echo below. A callback
+    that is edited loses this by itself: what you read is what runs."""
     def echo(self: Any, client: Client, server: Server, message: str | bytes) -> None:
         """Send it back."""
         server.send_message(client, message)
@@ -474,46 +435,38 @@ class EchoServer(Server):
 
 
 # ==== The command line =============================================================================================
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status."""
-    parser = command_line()
-    try:
-        try:
-            return serve(**vars(parser.parse_args(argv)))
-        finally:
-            print(end="", flush=True)  # -h ends here too
-    except ValueError as error:
-        parser.error(str(error))
-    except OSError as error:
-        why = error.strerror or str(error)
-        if not why.startswith("cannot"):  # it does not come from Server
-            why = "cannot write to standard output: " + why
-            sys.stdout = None  # or the interpreter tries again at its end
-        parser.exit(1, "" if error.errno == errno.EPIPE else "echoserver: error: %s\n" % why)  # for EPIPE nobody reads
-
-
-def serve(**options: Any) -> int:
-    """Serve until SIGINT or SIGTERM. A second signal ends the process at once."""
-    signals = signal.SIGINT, signal.SIGTERM
-    raise_file_limit()
-    server = EchoServer(**options)
+    """Serve until SIGINT or SIGTERM; return the exit status. A second signal ends the process at once."""
+    parser, signals = command_line(), (signal.SIGINT, signal.SIGTERM)
+    handlers = [signal.getsignal(number) for number in signals]
 
     def stop(*_: object) -> None:
         for number in signals:
             signal.signal(number, signal.SIG_DFL)
         server.stop()
 
-    before = [(number, signal.signal(number, stop)) for number in signals]
     try:
-        with one_processor() as server.processors:
-            print("Echo server listening on %s port %d: %s (Ctrl-C stops it)"
-                  % (server.host, server.port, server.url), flush=True)
-            server.serve_forever()
+        options = vars(parser.parse_args(argv))
+        with contextlib.suppress(ImportError, ValueError, OSError):  # Windows has no such limit
+            import resource  # as many files, and so as many clients, as the system allows
+            _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (10240 if sys.platform == "darwin" else hard, hard))
+        with contextlib.closing(EchoServer(**options)) as server:
+            for number in signals:
+                signal.signal(number, stop)
+            with one_processor() as server.processors:
+                print("Echo server listening on %s port %d: %s (Ctrl-C stops it)"
+                      % (server.host, server.port, server.url), flush=True)
+                server.serve_forever()
+    except ValueError as error:
+        parser.error(str(error))
+    except OSError as error:
+        why = error.strerror or str(error)
+        if not why.startswith("cannot"):  # it does not come from Server
+            why, sys.stdout = "cannot write to standard output: " + why, None  # or it is tried again at the very end
+        parser.exit(1, "" if error.errno == errno.EPIPE else "echoserver: error: %s\n" % why)  # for EPIPE nobody reads
     finally:
-        server.close()
-        for number, handler in before:
+        for number, handler in zip(signals, handlers):
             signal.signal(number, handler)
     return 0
 
@@ -528,18 +481,18 @@ def command_line() -> argparse.ArgumentParser:
     option("port", nargs="?", type=int, default=1234, help="port to listen on, 0 for a free one (default 1234)")
     option("--host", help="address to listen on (default 0.0.0.0; :: for IPv6 and IPv4)")
     option("-d", "--debug", action="store_true", help="show connections and messages, shortened")
-    for name, kind, unit, text in (
-            ("max_size", int, "BYTES", "longest message taken"),
-            ("max_pending", int, "BYTES", "what unfinished messages and unsent answers hold together; 0: no bound"),
-            ("max_clients", int, "N", "connections at once"),
-            ("open_timeout", float, "S", "seconds for the opening handshake"),
-            ("close_timeout", float, "S", "seconds for the closing handshake"),
-            ("send_timeout", float, "S", "seconds in which a client must take 256 KiB, or all there is"),
-            ("ping_interval", float, "S", "seconds of silence before a Ping; 0: never"),
-            ("ping_timeout", float, "S", "seconds without an answer before the client is dropped; 0: never")):
+    for name, unit, text in (
+            ("max_size", "BYTES", "longest message taken"),
+            ("max_pending", "BYTES", "what unfinished messages and unsent answers hold together; 0: no bound"),
+            ("max_clients", "N", "connections at once"),
+            ("open_timeout", "S", "seconds for the opening handshake"),
+            ("close_timeout", "S", "seconds for the closing handshake"),
+            ("send_timeout", "S", "seconds in which a client must take 256 KiB, or all there is"),
+            ("ping_interval", "S", "seconds of silence before a Ping; 0: never"),
+            ("ping_timeout", "S", "seconds without an answer before the client is dropped; 0: never")):
         default = getattr(Server, name)
         shown = "%d MiB" % (default >> 20) if unit == "BYTES" else "%g" % default
-        option("--" + name.replace("_", "-"), type=kind, metavar=unit, help="%s (default %s)" % (text, shown))
+        option("--" + name.replace("_", "-"), type=type(default), metavar=unit, help="%s (default %s)" % (text, shown))
     option("--origin", action="append", help="serve the pages of this origin only (may be given again)")
     option("--no-compression", dest="compression", action="store_false", help="decline permessage-deflate")
     option("--certfile", dest="cert", metavar="PEM", help="serve wss:// with this certificate chain")
@@ -560,19 +513,10 @@ def tls_context(certfile: str | None, keyfile: str | None = None) -> ssl.SSLCont
     try:
         context.load_cert_chain(certfile, keyfile, password=lambda: "")  # never ask on the terminal
     except OSError as error:
-        files = repr(certfile) if keyfile is None else "%r and %r" % (certfile, keyfile)
         why = error if isinstance(error, ssl.SSLError) or not error.errno else os.strerror(error.errno)
-        raise OSError(errno.EINVAL, "cannot use the certificate in %s: %s; it takes a PEM certificate chain and its "
-                      "private key, not encrypted" % (files, why)) from None
+        raise OSError(errno.EINVAL, "cannot use the certificate in %r%s: %s; it takes a PEM certificate chain and its "
+                      "private key, not encrypted" % (certfile, " and %r" % keyfile if keyfile else "", why)) from None
     return context
-
-
-def raise_file_limit() -> None:
-    """Let this process open as many files, and so hold as many clients, as the system allows."""
-    with contextlib.suppress(ImportError, ValueError, OSError):  # Windows has no such limit
-        import resource
-        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (10240 if sys.platform == "darwin" else hard, hard))
 
 
 @contextlib.contextmanager
@@ -656,14 +600,12 @@ class Connection:
             if self.client:
                 self.handle(early)
         except ProtocolError as error:  # section 7.1.7: fail the WebSocket connection
-            self._close(close_payload(error.code, error.reason))
+            self._close(close_payload(*error.args))
         except BaseException:  # sys.exit() too
             logger.exception("client %s gets Close 1011, since an override raised:", self.client and self.client["id"])
-            self._close(close_payload(CloseCode.INTERNAL_ERROR, "internal error")) if self.client else self.abort()
+            self._close(close_payload(CloseCode.INTERNAL_ERROR, "internal error"))
         finally:
             self.finish()
-
-    # Setup: section 4.2
 
     def setup(self) -> bytes:
         """Take the opening handshake; return the bytes that came behind it. `client` is set if it succeeds."""
@@ -672,10 +614,8 @@ class Connection:
             self._bound_waits()
             request, early = self._read_request()
             method = request.method
-            if self.state is CLOSED:
-                raise HTTPAnswer(503, "This server has all the clients that it takes.", "Retry-After: 5")
+            require(self.state is not CLOSED, 503, "This server has all the clients that it takes.", "Retry-After: 5")
             response, subprotocol, self.compression = accept(request, server.origins, server.compression)
-            self._hold_back(True)
         except HTTPAnswer as answer:  # the request was for something else, or cannot be granted
             server.advance(self, CLOSED)  # so that its place is free
             crowded = len(server._connections) > server.max_clients + server.spare_threads // 2
@@ -686,6 +626,7 @@ class Connection:
             self.abort()
             return b""
         with self._send_lock:  # nobody's message may overtake the response
+            self._hold_back(True)
             if not server.admit(self, request, subprotocol):
                 self._write(response)
                 server.advance(self, OPEN)
@@ -693,6 +634,28 @@ class Connection:
             elif not self._write(response):
                 self.client = None  # without the 101 it is no client
         return early
+
+    def _bound_waits(self) -> None:
+        """Let each wait end after an eighth of the server's shortest time; then the clock is read. Raises OSError.
+
+        The kernel keeps the time, since settimeout() would cost a poll() for each call. Under gevent and eventlet a
+        socket never waits in the kernel, and Windows has no MSG_DONTWAIT: there settimeout() does it.
+        """
+        times = (getattr(self.server, name) for name in Server._least if name.endswith(("timeout", "interval")))
+        tick = max(0.01, min(filter(None, times)) / 8)
+        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # messages leave at once
+        self.request.settimeout(None if self._in_kernel else tick)
+        if self._in_kernel:
+            layout = "qq" if socket.SO_RCVTIMEO == 66 else "ll"  # a struct timeval; this number means one of 64 bits
+            value = struct.pack(layout, *divmod(int(tick * 10**6), 10**6))
+            for option in socket.SO_RCVTIMEO, socket.SO_SNDTIMEO:
+                self.request.setsockopt(socket.SOL_SOCKET, option, value)
+
+    def _hold_back(self, on: bool) -> None:
+        """Let the kernel keep back what is sent, for 0.2 s at most: a client with its 101 is on the list already."""
+        if hasattr(socket, "TCP_CORK"):
+            with contextlib.suppress(OSError):
+                self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, on)
 
     def _read_request(self) -> tuple[Request, bytes]:
         """Read a request, all of it within `open_timeout`. Raises HTTPAnswer, or OSError when the client is gone."""
@@ -710,31 +673,6 @@ class Connection:
             data += more
             parsed = parse_request(data)
         return parsed
-
-    def _bound_waits(self) -> None:
-        """Let each wait in recv() and send() end after `Server.tick` seconds; the clock is read in between.
-
-        The kernel keeps the time, since settimeout() would cost a poll() for each call. Under gevent and eventlet a
-        socket never waits in the kernel, and Windows has no MSG_DONTWAIT: there settimeout() does it. Raises OSError.
-        """
-        sock, seconds = self.request, self.server.tick
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # messages leave at once
-        if not self._in_kernel or sock.gettimeout() is not None:  # the host program's default
-            sock.settimeout(None if self._in_kernel else seconds)
-        if self._in_kernel:
-            layout = "qq" if socket.SO_RCVTIMEO == 66 else "ll"  # this number means 64 bits everywhere
-            value = struct.pack(layout, *divmod(int(seconds * 10**6), 10**6))  # a struct timeval
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
-
-    def _hold_back(self, on: bool) -> None:
-        """Let the kernel keep back what is sent, for 0.2 s at most. Until new_client is done with the list, the client
-        has no 101; and yet new_client may block."""
-        if hasattr(socket, "TCP_CORK"):
-            with contextlib.suppress(OSError):
-                self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, on)
-
-    # Handle: sections 5 to 7
 
     def handle(self, data: bytes) -> None:
         """Take what the client sends until the connection is over; `data` came with the request."""
@@ -783,20 +721,19 @@ class Connection:
                     callback(client, server, payload.decode() if header[0] & TEXT else payload)
         return data[used:]
 
-    def _deliver(self, opcode: int, pieces: list[bytes | bytearray]) -> None:
+    def _deliver(self, opcode: int, pieces: Pieces) -> None:
         """Call the callback with a message. What comes after our Close frame is ignored."""
         server, client = self.server, self.client or {}
-        if self.state is not OPEN:
-            return
-        if server.only_echoes():
+        if self.state is OPEN and server.only_echoes():
             self._send_data(opcode, *pieces)
-            return
-        payload = b"".join(pieces)
-        message = payload.decode() if opcode == TEXT else payload
-        if server.debug:
-            kind = "Message" if opcode == TEXT else "Binary Message"
-            server._log("%s received: client %d: %s", kind, client["id"], shorten(message))
-        server.message_received(client, server, message)
+        elif self.state is OPEN:
+            payload = b"".join(pieces)
+            message = payload.decode() if opcode == TEXT else payload
+            if server.debug:
+                shown = repr(message) if len(message) <= 80 else "%r … %r" % (message[:40], message[-20:])
+                kind, unit = ("Message", "characters") if opcode == TEXT else ("Binary Message", "bytes")
+                server._log("%s received: client %d: %s (%d %s)", kind, client["id"], shown, len(message), unit)
+            server.message_received(client, server, message)
 
     def _receive(self) -> bytes:
         """Return what the client sends next, b"" when there is nothing to wait for any more.
@@ -804,10 +741,8 @@ class Connection:
         After `ping_interval` of silence the client gets a Ping (section 5.5.2); after `ping_timeout` more it is failed.
         """
         server, pinged, silent_since = self.server, False, time.monotonic()
-        while True:
+        while self.state is OPEN or time.monotonic() < self._deadline:
             try:
-                if self.state is not OPEN and time.monotonic() >= self._deadline:
-                    return b""
                 self._until_look -= 1
                 data = (self._until_look < 0 and self._look()) or self._recv(self._room)
                 if len(data) == self._room:
@@ -818,24 +753,23 @@ class Connection:
             except TIMED_OUT:
                 self._room = Connection._room
             except OSError:
-                return b""
+                break
             patience = server.ping_timeout if pinged else server.ping_interval or float("inf")
             if self.state is OPEN and time.monotonic() >= silent_since + patience:
                 if pinged:
                     self._close(close_payload(CloseCode.INTERNAL_ERROR, "no answer to a Ping"))
-                    return b""
+                    break
                 self.send_control(PING, b"", 0)
                 silent_since, pinged = time.monotonic(), server.ping_timeout > 0
+        return b""
 
     def _look(self) -> bytes:
-        """Return the next bytes if they come very soon, else b"": to be woken costs more than to look a few times.
-
-        Only if no other connection has to wait meanwhile. A failed look pauses looking for the next 32 messages.
-        """
-        alone = len(self.server._connections) == 1 and self._in_kernel and not self._tls
-        for _ in range(self.server.looks if alone else 0):
-            with contextlib.suppress(BlockingIOError):
-                return self.request.recv(self._room, DONTWAIT)
+        """Return the next bytes if they come very soon, else b"": to be woken costs more than to look a few times. Only
+        if no other connection has to wait meanwhile. A failed look pauses looking for the next 32 messages."""
+        if len(self.server._connections) == 1 and self._in_kernel and not self._tls:
+            for _ in range(self.server.looks):
+                with contextlib.suppress(BlockingIOError):
+                    return self.request.recv(self._room, DONTWAIT)
         self._until_look = 32
         return b""
 
@@ -847,12 +781,11 @@ class Connection:
         raise TimeoutError
 
     def _recv_tls(self, _: int) -> bytes:
-        """Return what the client sends, decrypted, b"" at the end. Raises SSLWantReadError if there is none in it yet,
-        one of TIMED_OUT when nothing comes in time, or another OSError."""
+        """Do what recv() does, and decrypt. Raises SSLWantReadError if what came is not yet enough for that."""
         assert self._tls
         ciphertext = b"" if self._tls.has_ended else self.request.recv(LONG)
         plaintext = self._tls.decrypt(ciphertext)
-        if self._tls.has_to_say:
+        if self._tls.outgoing.pending:  # what TLS itself has to say
             with self._send_lock:
                 self._write(b"")
         if ciphertext and not plaintext and not self._tls.has_ended:
@@ -864,8 +797,6 @@ class Connection:
         if self.server.processors and not self._is_spread:
             os.sched_setaffinity(0, self.server.processors)
         self._is_spread = True
-
-    # Finish: section 7
 
     def finish(self) -> None:
         """End the connection: our half of TCP first, then, when the client has ended its own, the rest.
@@ -892,11 +823,10 @@ class Connection:
             with contextlib.suppress(OSError):
                 while self._recv_by(deadline, LONG):
                     pass
-            self.abort()
+            server.forget(self)
             if self._send_lock.acquire(timeout=server.close_timeout):  # nobody is sending any more
                 self._send_lock.release()
             self.compression = None  # its streams need not wait for the garbage collector
-            server.forget(self)
             self.request.close()
 
     def abort(self, last_words: bytes = b"") -> None:
@@ -905,8 +835,10 @@ class Connection:
             with self._send_lock:
                 if self.state is OPEN:
                     self._write(last_words)
-        self.server.advance(self, CLOSED)  # no lock: its holder may be blocked sending
-        self.server.cut(self)
+        self.server.advance(self, CLOSED)  # without the send lock: its holder may be blocked sending
+        with self.server._lock, contextlib.suppress(OSError):
+            if self in self.server._connections:  # later the number of the socket may be another's
+                self.request.shutdown(socket.SHUT_RDWR)  # wakes every thread that waits there
 
     def _close(self, payload: bytes, first: str = "server") -> None:
         """Send a Close frame, or cut a client that keeps another thread sending."""
@@ -916,7 +848,7 @@ class Connection:
     def send_control(self, opcode: int, payload: bytes, patience: float, first: str = "server") -> bool:
         """Send a control frame, if the connection is open. Returns False if another thread sends for longer than
         `patience`; with 0 a client that does not read is cut. A Close begins the closing handshake (section 7.1.2)."""
-        if self.state is CONNECTING and opcode == CLOSE:
+        if self.state is CONNECTING:
             self.abort()
         if not self._send_lock.acquire(timeout=patience):
             return False
@@ -925,12 +857,10 @@ class Connection:
                 if opcode == CLOSE:  # before its frame goes out: a client that has that is on no list
                     self.server.advance(self, CLOSING)
                     self.closed_first, self._deadline = first, time.monotonic() + self.server.close_timeout
-                self._write(frame(opcode, payload), patience > 0)
+                self._write(frame_header(opcode, len(payload)) + payload, patience > 0)
             return True
         finally:
             self._send_lock.release()
-
-    # Send
 
     def send_message(self, message: str | Data) -> bool:
         """Send text (str) or binary (bytes). Raises TypeError for anything else."""
@@ -946,20 +876,19 @@ class Connection:
         Meanwhile control frames may go between them. Messages from other threads wait for the last fragment,
         `send_timeout` at most, and are not sent after that. `pieces` itself must not send messages to this client.
         """
-        kind, opcode, turn = None, BINARY, threading.Condition(self._send_lock)
+        kind, turn = None, threading.Condition(self._send_lock)
         with turn:
             if not self._may_send():
                 return False
             self._fragments, self._fragmenter = turn, threading.get_ident()
         try:
             for piece in pieces:  # no lock is held while this waits for the next one
-                if kind is None:
-                    kind, opcode = type(piece), TEXT if isinstance(piece, str) else BINARY
-                elif type(piece) is not kind:
+                opcode = CONTINUATION if kind else TEXT if isinstance(piece, str) else BINARY
+                kind = kind or type(piece)
+                if type(piece) is not kind:
                     raise TypeError("the fragments of a message are all str or all bytes")
-                self.send_frame(opcode, utf8(piece), fin=False)
-                opcode = CONTINUATION
-            return self.send_frame(opcode, b"")
+                self.send_frame(opcode, piece, fin=False)
+            return self.send_frame(CONTINUATION if kind else BINARY)
         except BaseException:  # the message cannot be ended, and no other be sent
             self._close(close_payload(CloseCode.INTERNAL_ERROR, "internal error"))
             raise
@@ -970,16 +899,9 @@ class Connection:
 
     def send_text(self, message: str | bytes, opcode: int = 0x1) -> bool:
         """Send text; bytes must be UTF-8 (websocket-server's name for it). Raises UnicodeDecodeError."""
-        text = utf8(message)
-        return self.send_message(text.decode()) if opcode == TEXT else self.send_frame(opcode, text)
-
-    def send_ping(self, payload: str | bytes = b"") -> bool:
-        """Send a Ping (section 5.5.2)."""
-        return self.send_frame(PING, utf8(payload))
-
-    def send_pong(self, message: str | bytes = b"") -> bool:
-        """Send a Pong (section 5.5.3)."""
-        return self.send_frame(PONG, utf8(message))
+        if opcode != TEXT:
+            return self.send_frame(opcode, message)
+        return self.send_message(message if isinstance(message, str) else message.decode())
 
     def send_close(self, status: int = 1000, reason: str | bytes = b"") -> bool:
         """Start the closing handshake (section 7.1.2). Raises ValueError for what a Close frame may not carry."""
@@ -987,10 +909,14 @@ class Connection:
         self._close(payload)
         return was_open
 
-    def send_frame(self, opcode: int, payload: Data, fin: bool = True) -> bool:
+    def send_frame(self, opcode: int, payload: str | Data = b"", fin: bool = True) -> bool:
         """Send one frame just as it is told: nothing checks that it makes sense at this place."""
+        data = payload.encode() if isinstance(payload, str) else payload
         with self._send_lock:
-            return self.state is OPEN and self._write(frame(opcode, payload, fin))
+            return self.state is OPEN and self._write(frame_header(opcode, len(data), fin) + data)
+
+    send_ping = functools.partialmethod(send_frame, 0x9)  # section 5.5.2
+    send_pong = functools.partialmethod(send_frame, 0xA)  # section 5.5.3
 
     def _send_data(self, opcode: int, payload: Data, *more: Data) -> bool:
         """Send one message, in one frame."""
@@ -1020,13 +946,13 @@ class Connection:
     def _write(self, data: Data, wait: bool = True) -> bool:
         """Send bytes; _send_lock is held. After a failure the connection is over: a part of a frame may be out."""
         try:
-            for part in self._tls.encrypt(data) if self._tls else (data,):
-                try:
-                    sent = self.request.send(part, DONTWAIT)
-                except TIMED_OUT:
-                    sent = 0
-                if sent != len(part):
-                    self._write_rest(memoryview(part)[sent:], wait)
+            data = self._tls.encrypt(data) if self._tls else data
+            try:
+                sent = self.request.send(data, DONTWAIT)
+            except TIMED_OUT:
+                sent = 0
+            if sent != len(data):
+                self._write_rest(memoryview(data)[sent:], wait)
             return True
         except OSError:
             self.abort()
@@ -1054,31 +980,21 @@ class Connection:
     handshake_done = valid_client = property(lambda self: self.state is OPEN)
 
 
-def shorten(message: str | bytes, limit: int = 80) -> str:
-    """Return the message for a log line: escaped, its middle left out, with its size."""
-    shown = repr(message if len(message) <= limit else message[:limit // 2])
-    if len(message) > limit:
-        shown += " … " + repr(message[-limit // 4:])
-    return "%s (%d %s)" % (shown, len(message), "characters" if isinstance(message, str) else "bytes")
-
-
 # ==== TLS: bytes in, bytes out =====================================================================================
-
-
 class TLS:
     """One connection's TLS. Its lock guards the TLS object, which two threads must not use at once. No call waits."""
 
     def __init__(self, context: ssl.SSLContext) -> None:
         self.has_ended = False  # by a close_notify, or by what is not TLS
-        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
+        self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self.incoming, self.outgoing, server_side=True)
         self._lock = threading.Lock()
 
     def decrypt(self, ciphertext: bytes) -> bytes:
         """Return the plaintext that is complete with these bytes; the first ones are the TLS handshake's."""
         plaintext = []
         with self._lock:
-            self._incoming.write(ciphertext)
+            self.incoming.write(ciphertext)
             try:
                 while not self.has_ended:
                     plaintext.append(self._tls.read(LONG))
@@ -1089,22 +1005,15 @@ class TLS:
                 self.has_ended = True
         return b"".join(plaintext)
 
-    @property
-    def has_to_say(self) -> bool:
-        """Whether encrypt() has something to yield even for no plaintext."""
-        return self._outgoing.pending > 0
-
-    def encrypt(self, plaintext: Data) -> Iterator[bytes]:
-        """Yield the ciphertext of it, behind what TLS itself has to say. Raises ssl.SSLError."""
-        for at in range(0, len(plaintext) or 1, LONG):
-            with self._lock:
-                if plaintext:
-                    self._tls.write(memoryview(plaintext)[at:at + LONG])
-                ciphertext = self._outgoing.read()
-            yield ciphertext
+    def encrypt(self, plaintext: Data) -> bytes:
+        """Return the ciphertext of it, behind what TLS itself has to say. Raises ssl.SSLError."""
+        with self._lock:
+            if plaintext:
+                self._tls.write(plaintext)
+            return self.outgoing.read()
 
     def close(self) -> None:
-        """Send close_notify next (RFC 8446 section 6.1)."""
+        """Let close_notify be the next that is sent (RFC 8446 section 6.1)."""
         with contextlib.suppress(ssl.SSLError), self._lock:
             self._tls.unwrap()  # raises, since it would like to wait for the peer's
 
@@ -1159,12 +1068,7 @@ class Headers(Dict[str, str]):
         return [item.strip(" \t") for item in self.get(name, "").split(",") if item.strip(" \t")]
 
 
-class Request(NamedTuple):
-    """A request's header."""
-    method: str
-    path: str  # with its query, as it was sent
-    version: str
-    headers: Headers
+Request = collections.namedtuple("Request", "method path version headers")  # the path with its query, as it was sent
 
 
 def require(condition: object, status: int, why: str, *fields: str) -> None:
@@ -1174,10 +1078,8 @@ def require(condition: object, status: int, why: str, *fields: str) -> None:
 
 
 def parse_request(data: bytes) -> tuple[Request, bytes] | None:
-    """Return the request that `data` begins with, and the bytes behind it; None while it is incomplete.
-
-    Raises HTTPAnswer 400 or 431 as soon as it cannot become one.
-    """
+    """Return the request that `data` begins with, and the bytes behind it; None while it is incomplete. Raises
+    HTTPAnswer 400 or 431 as soon as it cannot become one."""
     data = data[2 * data.startswith(b"\r\n"):]  # an empty line in front is ignored (RFC 9112 section 2.2)
     end = data.find(b"\r\n\r\n")
     head = data.rstrip(b"\r\n") if end < 0 else data[:end]
@@ -1189,23 +1091,22 @@ def parse_request(data: bytes) -> tuple[Request, bytes] | None:
     if end < 0:
         return None
     first, *others = head.decode("latin-1").split("\r\n")
-    match, fields = REQUEST_LINE.fullmatch(first), Headers()
-    if not match:
-        raise HTTPAnswer(400, "The request line is malformed.")
+    fields = Headers()
     for line in others:
         field = FIELD_LINE.fullmatch(line)
         if not field:
             raise HTTPAnswer(400, "A header field is malformed.")
         name, value = field[1].lower(), field[2].strip(" \t")
         fields[name] = fields[name] + ", " + value if name in fields else value
+    match = REQUEST_LINE.fullmatch(first)
+    if not match:
+        raise HTTPAnswer(400, "The request line is malformed.")
     return Request(match[1], "/" + match[2], match[3], fields), data[end + 4:]
 
 
 def parse_extensions(value: str) -> list[tuple[str, list[tuple[str, str | None]]]]:
     """Return the offers of a Sec-WebSocket-Extensions field: names, each with its parameters and their values or None.
-
-    Raises HTTPAnswer 400 if the field does not fit the ABNF (section 9.1).
-    """
+    Raises HTTPAnswer 400 if the field does not fit the ABNF (section 9.1)."""
     offers, at = [], 0
     while at < len(value) or not value:
         match = EXTENSION.match(value, at)
@@ -1219,10 +1120,8 @@ def parse_extensions(value: str) -> list[tuple[str, list[tuple[str, str | None]]
 
 def accept(request: Request, origins: set[str] | None, compression: bool
            ) -> tuple[bytes, str | None, PerMessageDeflate | None]:
-    """Return the answer 101 to an opening handshake, the subprotocol and the extension that it agrees on.
-
-    Raises HTTPAnswer where the request is for the page or does not meet section 4.2.1.
-    """
+    """Return the answer 101 to an opening handshake, the subprotocol and the extension that it agrees on. Raises
+    HTTPAnswer where the request is for the page or does not meet section 4.2.1."""
     method, path, version, headers = request
     subprotocols = headers.items_of("sec-websocket-protocol")
     key, origin, none = headers.get("sec-websocket-key", ""), headers.get("origin"), "," * (version != "1.0")
@@ -1269,44 +1168,28 @@ STATUS_CODES = {*map(int, CloseCode), *range(3000, 5000)}  # the rest is for lib
 
 
 class ProtocolError(Exception):
-    """The connection must be failed, with this status code and reason (section 7.1.7)."""
-
-    def __init__(self, code: int, reason: str) -> None:
-        super().__init__(code, reason)
-        self.code, self.reason = code, reason
+    """The connection must be failed, with this status code and this reason, its two arguments (section 7.1.7)."""
 
 
 def frame_header(opcode: int, size: int, fin: bool = True, rsv1: bool = False) -> bytes:
-    """Return the header of a frame to a client: never masked, its length in the fewest bytes (section 5.2)."""
+    """Return the header of a frame to a client: not masked, its length in the fewest bytes (section 5.2). Raises
+    ValueError for a control frame that is too long (section 5.5)."""
     first = opcode | FIN * fin | RSV1 * rsv1
     if size < 126:
         return bytes((first, size))
-    if size < 2**16:
-        return struct.pack("!BBH", first, 126, size)
-    return struct.pack("!BBQ", first, 127, size)
-
-
-def frame(opcode: int, payload: Data, fin: bool = True) -> bytes:
-    """Return a whole frame to a client. Raises ValueError for a control frame that is too long (section 5.5)."""
-    if opcode & 0x8 and len(payload) > 125:
-        raise ValueError("a control frame takes 125 bytes, not %d" % len(payload))
-    return frame_header(opcode, len(payload), fin) + payload
-
-
-def utf8(text: str | bytes) -> bytes:
-    """Return text in UTF-8; bytes as they are."""
-    return text.encode() if isinstance(text, str) else text
+    if opcode & 0x8:
+        raise ValueError("a control frame takes 125 bytes, not %d" % size)
+    return struct.pack("!BBH", first, 126, size) if size < 2**16 else struct.pack("!BBQ", first, 127, size)
 
 
 def close_payload(code: int, reason: str | bytes) -> bytes:
     """Return what a Close frame carries (section 5.5.1). Raises ValueError for what it may not."""
-    text = utf8(reason)
     if code not in STATUS_CODES:
         raise ValueError("a Close frame may not carry the status code %r (section 7.4)" % code)
-    if len(text) > 123:
-        raise ValueError("the reason of a Close frame takes 123 bytes, not %d" % len(text))
-    text.decode()
-    return struct.pack("!H", code) + text
+    text = reason if isinstance(reason, str) else reason.decode()
+    if len(text.encode()) > 123:
+        raise ValueError("the reason of a Close frame takes 123 bytes, not %d" % len(text.encode()))
+    return struct.pack("!H", code) + text.encode()
 
 
 def unmask(data: Data, key: bytes) -> bytes:
@@ -1330,15 +1213,15 @@ def xor_in_c() -> Callable[[Data, bytes], bytes] | None:
         import ctypes
 
         import _ssl
-        pointer, number = ctypes.c_void_p, ctypes.c_int
         feed_back = ctypes.CDLL(_ssl.__file__).CRYPTO_ofb128_encrypt
-        feed_back.argtypes = [pointer, pointer, ctypes.c_size_t, pointer, ctypes.c_char_p, pointer, pointer]
+        pointer = ctypes.c_void_p
+        feed_back.argtypes = pointer, pointer, ctypes.c_size_t, pointer, ctypes.c_char_p, pointer, pointer
         feed_back.restype = None
         memmove = ctypes.cast(ctypes.CDLL(None).memmove, pointer)
 
         def xor(data: Data, key: bytes) -> bytes:
             out = bytes(memoryview(data))  # a copy that nobody else has yet, so it may still be written
-            feed_back(out, out, len(out), 16, key * 4, ctypes.byref(number(0)), memmove)
+            feed_back(out, out, len(out), 16, key * 4, ctypes.byref(ctypes.c_int(0)), memmove)
             return out
 
         return xor if xor(b"Hello" * 9, b"7abc") == unmask(b"Hello" * 9, b"7abc") else None
@@ -1357,18 +1240,16 @@ class Receiver:
         self.between_messages = True  # the next byte begins a frame, and no message is under way
         self._max_size, self._compression, self._hold = max_size, compression, hold
         self._begun = b""  # the beginning of a frame's header, or of a control frame
-        # The frame under way
+        # The frame under way; `left` bytes of its payload have not come
         self._fin, self._frame_opcode, self.left, self._key = True, CONTINUATION, 0, b""
-        # The message under way; CONTINUATION stands for none
-        self._opcode, self._compressed, self._size = CONTINUATION, False, 0
-        self._pieces: list[bytes | bytearray] = []
-        self._rest = b""  # the beginning of a character
+        # The message under way (CONTINUATION stands for none); `_rest` is the beginning of a character
+        self._opcode, self._compressed, self._size, self._rest = CONTINUATION, False, 0, b""
+        self._pieces: Pieces = []
 
-    def feed(self, data: bytes) -> Iterator[tuple[int, list[bytes | bytearray]]]:
+    def feed(self, data: bytes) -> Iterator[tuple[int, Pieces]]:
         """Yield (opcode, payload in pieces) of each message and control frame that these bytes complete.
 
-        Each is checked as far as it has come. Raises ProtocolError at the first fault, after yielding what came
-        before it.
+        Each is checked as far as it has come. Raises ProtocolError at the first fault, after yielding what came before.
         """
         data, self._begun, at = self._begun + data, b"", 0
         while True:
@@ -1384,19 +1265,25 @@ class Receiver:
             turn = len(chunk) % 4
             self._key = self._key[turn:] + self._key[:turn]
             if self._frame_opcode & 0x8:
-                if self._frame_opcode == CLOSE:
-                    self._check_close(chunk)
+                if self._frame_opcode == CLOSE and chunk:  # sections 5.5.1 and 7.4
+                    try:
+                        close_payload(int.from_bytes(chunk[:2], "big") * (len(chunk) > 1), chunk[2:])
+                    except UnicodeDecodeError:
+                        raise ProtocolError(CloseCode.INVALID_PAYLOAD, "a reason that is not UTF-8") from None
+                    except ValueError:
+                        raise ProtocolError(CloseCode.PROTOCOL_ERROR, "a Close code that may not be sent") from None
                 yield self._frame_opcode, [chunk]
                 continue
-            if self._compressed and self._compression:
-                for inflated in self._compression.inflate(chunk):
-                    self._extend(inflated)
-            else:
-                self._extend(chunk)
+            for part in self._compression.inflate(chunk) if self._compression and self._compressed else (chunk,):
+                self._extend(part)
             if self.left:
                 break
             if self._fin:
-                yield self._end_message()
+                for part in self._compression.end_of_message() if self._compression and self._compressed else ():
+                    self._extend(part)
+                self._check_text(b"", final=True)
+                message, self._opcode, self._pieces = (self._opcode, self._pieces), CONTINUATION, []
+                yield message
                 self.release()  # the answer is out
         self.between_messages = not (self.left or self._begun or self._opcode)
 
@@ -1444,36 +1331,24 @@ class Receiver:
         if self._size + more > self._max_size:
             raise ProtocolError(CloseCode.MESSAGE_TOO_BIG, "a message longer than %d bytes" % self._max_size)
 
-    def _extend(self, chunk: bytes) -> None:
+    def _extend(self, part: bytes) -> None:
         """Add a part of the payload to the message under way."""
-        self._check_size(len(chunk))
-        if not self._hold(len(chunk)):
+        self._check_size(len(part))
+        if not self._hold(len(part)):
             raise ProtocolError(CloseCode.TRY_AGAIN_LATER, "the server holds too many unfinished messages")
-        self._size += len(chunk)
-        if self._opcode == TEXT:
-            self._check_text(chunk)
-        if len(chunk) >= LONG // 4:
-            self._pieces.append(chunk)
+        self._size += len(part)
+        self._check_text(part)
+        if len(part) >= LONG // 4:
+            self._pieces.append(part)
         elif self._pieces and isinstance(self._pieces[-1], bytearray):
-            self._pieces[-1] += chunk
+            self._pieces[-1] += part
         else:  # short ones follow in one bytearray, since each object takes memory of its own
-            self._pieces.append(bytearray(chunk))
+            self._pieces.append(bytearray(part))
 
-    def _end_message(self) -> tuple[int, list[bytes | bytearray]]:
-        """Return the message under way, which is complete."""
-        if self._compressed and self._compression:
-            for inflated in self._compression.end_of_message():
-                self._extend(inflated)
-        if self._opcode == TEXT:
-            self._check_text(b"", final=True)
-        opcode, pieces = self._opcode, self._pieces
-        self._opcode, self._pieces = CONTINUATION, []
-        return opcode, pieces
-
-    def _check_text(self, chunk: bytes, final: bool = False) -> None:
+    def _check_text(self, part: bytes, final: bool = False) -> None:
         """Check that text is UTF-8 as far as it has come (section 8.1)."""
-        if self._rest or not chunk.isascii():
-            data = self._rest + chunk
+        if self._opcode == TEXT and (self._rest or not part.isascii()):
+            data = self._rest + part
             try:
                 self._rest = data[codecs.utf_8_decode(data, "strict", final)[1]:]
             except UnicodeDecodeError:
@@ -1481,90 +1356,73 @@ class Receiver:
             if b"\xed\xa0" <= self._rest < b"\xee":  # half a surrogate, which Python would wait for the end of
                 raise ProtocolError(CloseCode.INVALID_PAYLOAD, "text that is not UTF-8 (section 8.1)") from None
 
-    @staticmethod
-    def _check_close(payload: bytes) -> None:
-        """Check what a Close frame carries (sections 5.5.1 and 7.4)."""
-        if payload and (len(payload) == 1 or int.from_bytes(payload[:2], "big") not in STATUS_CODES):
-            raise ProtocolError(CloseCode.PROTOCOL_ERROR, "a Close with a code that may not be sent (section 7.4)")
-        try:
-            payload[2:].decode()
-        except UnicodeDecodeError:
-            raise ProtocolError(CloseCode.INVALID_PAYLOAD, "a reason that is not UTF-8 (section 5.5.1)") from None
-
 
 # ==== The fast path: whole messages, many at a time ================================================================
 # This chapter may be deleted, with the line in Connection.handle() that calls it: the server is then slower, and
 # nothing else. The tests hold it against Receiver, frame for frame.
 
-# For each beginning of a short frame: its size, the header of the same message to a client, whether it is text, and
-# what unmasks it in one step with its masking key: a factor that repeats the key from the key's own place on, and how
-# many bits of that are too many.
+# For each beginning of a short frame: its size, the header of the same message to a client, and what unmasks it in one
+# step: a factor that repeats the masking key from its own place on, and how many bits of that are too many.
 SHORT_FRAMES = {
     bytes((FIN | opcode, MASKED | size)):
-        (size, bytes((FIN | opcode, size)), opcode == TEXT,
-         int.from_bytes(b"\0\0\0\1" * ((size + 7) // 4), "big"), -size % 4 * 8)
+        (size, bytes((FIN | opcode, size)), int.from_bytes(b"\0\0\0\1" * ((size + 7) // 4), "big"), -size % 4 * 8)
     for opcode in (TEXT, BINARY) for size in range(126)}
-# For that of a long one: the beginning of its header to a client, whether it is text, where the length ends, and the
-# least that it may be.
+# For that of a long one: the same header's beginning, where the length ends, and the least that it may be
 LONG_FRAMES = {
-    bytes((FIN | opcode, MASKED | length)): (bytes((FIN | opcode, length)), opcode == TEXT, ends, least)
+    bytes((FIN | opcode, MASKED | length)): (bytes((FIN | opcode, length)), ends, least)
     for opcode in (TEXT, BINARY) for length, ends, least in ((126, 4, 126), (127, 10, 2**16))}
 
 
 def whole_frames(data: bytes, max_size: int) -> tuple[list[bytes], int]:
     """Take the whole messages, in one frame each, that `data` begins with.
 
-    Returns [header, payload, header, payload …], ready to send to a client, and how many bytes they took. Stops in
-    front of whatever is incomplete, too long, in fragments, compressed, a control frame or wrong.
+    Returns [header, payload, header, payload …], ready to send to a client, and how many bytes they took. Stops before
+    whatever is incomplete, too long, in fragments, compressed, a control frame or wrong.
     """
     frames: list[bytes] = []
     at, end, number = 0, len(data), int.from_bytes
-    while True:
+    while at < end:
         first = data[at:at + 2]
         try:  # not get(), which takes 200 times as long in a free-threaded interpreter
-            size, header, text, repeat, excess = SHORT_FRAMES[first]
+            size, header, repeat, excess = SHORT_FRAMES[first]
+            after = at + 6 + size
+            if after > end or size > max_size:
+                break
+            masked = number(data[at + 2:after], "big")  # the masking key in front, which the XOR clears
+            payload = (masked ^ (masked >> 8 * size) * repeat >> excess).to_bytes(size, "big")
         except KeyError:
             if first not in LONG_FRAMES:
-                return frames, at
-            header, text, ends, least = LONG_FRAMES[first]
+                break
+            header, ends, least = LONG_FRAMES[first]
             length = data[at + 2:at + ends]
             size = number(length, "big")
             after = at + ends + 4 + size
             if after > end or not least <= size <= max_size:
-                return frames, at
+                break
             header += length
             payload = unmask(memoryview(data)[after - size:after], data[at + ends:at + ends + 4])
-        else:
-            after = at + 6 + size
-            if after > end or size > max_size:
-                return frames, at
-            masked = number(data[at + 2:after], "big")  # the masking key in front, which the XOR clears
-            payload = (masked ^ (masked >> 8 * size) * repeat >> excess).to_bytes(size, "big")
-        if text and not payload.isascii():
+        if header[0] & TEXT and not payload.isascii():
             try:
                 payload.decode()
             except UnicodeDecodeError:
-                return frames, at
-        frames.append(header)
-        frames.append(payload)
+                break
+        frames += header, payload
         at = after
-        if at == end:
-            return frames, at
+    return frames, at
 
 
 # ==== Compression: permessage-deflate, bytes in, bytes out (RFC 7692) ==============================================
 
 END_OF_MESSAGE = b"\0\0\xff\xff"  # is left out of each message (sections 7.2.1 and 7.2.2)
+DOES_NOT_INFLATE = CloseCode.INVALID_PAYLOAD, "a message that does not inflate (RFC 7692 section 7.2.2)"
 # A parameter of an offer (section 7.1)
 OFFERED = re.compile("(server|client)_no_context_takeover=|client_max_window_bits=|"
                      "(server|client)_max_window_bits=([89]|1[0-5])")
 
 
 def negotiate(offers: Iterable[tuple[str, list[tuple[str, str | None]]]]) -> tuple[PerMessageDeflate | None, str]:
-    """Take the first offer of permessage-deflate that can be taken; return it and the answer (section 7.1).
-
-    An offer with an unknown parameter, a bad value or a parameter twice is declined.
-    """
+    """Take the first offer of permessage-deflate that can be taken; return it and the answer (section 7.1). One with an
+    unknown parameter, a bad value or a parameter twice is declined."""
     for name, offered in offers:
         parameters = dict(offered)
         if (name == "permessage-deflate" and len(parameters) == len(offered)
@@ -1572,26 +1430,22 @@ def negotiate(offers: Iterable[tuple[str, list[tuple[str, str | None]]]]) -> tup
             if not parameters.get("client_max_window_bits"):  # with no value it only says that the answer may set it
                 parameters.pop("client_max_window_bits", None)
             answer = [name, *(key + "=" + value if value else key for key, value in parameters.items())]
-            return PerMessageDeflate(int(parameters.get("server_max_window_bits") or 15),
-                                     int(parameters.get("client_max_window_bits") or 15),
-                                     "server_no_context_takeover" in parameters,
-                                     "client_no_context_takeover" in parameters), "; ".join(answer)
+            return PerMessageDeflate(parameters), "; ".join(answer)
     return None, ""
 
 
 class PerMessageDeflate:
-    """One connection's compression. Its two streams are made when they are first needed.
+    """One connection's compression. Its two streams are made when they are first needed. Once the client has sent a
+    compressed message, `used` says so, and the answers are compressed."""
 
-    `used` says that the client has sent a compressed message: only then are the answers compressed.
-    """
-
-    def __init__(self, server_bits: int = 15, client_bits: int = 15,
-                 server_forgets: bool = False, client_forgets: bool = False) -> None:
+    def __init__(self, parameters: dict[str, str | None]) -> None:
         self.used = False
-        # No more than 12, and little memory: 32 KiB a client, not 256. zlib cannot do 8, but with 9 it looks back 250
-        # bytes at the most, which a window of 8 bits holds.
-        self._server_bits, self._client_bits = max(9, min(server_bits, 12)), client_bits
-        self._server_forgets, self._client_forgets = server_forgets, client_forgets  # no context takeover
+        # At most 12, and little memory: 32 KiB a client, not 256. zlib cannot do 8, but with 9 it looks back 250 bytes
+        # at most, which a window of 8 bits holds.
+        self._server_bits = max(9, min(int(parameters.get("server_max_window_bits") or 12), 12))
+        self._client_bits = int(parameters.get("client_max_window_bits") or 15)
+        self._server_forgets = "server_no_context_takeover" in parameters
+        self._client_forgets = "client_no_context_takeover" in parameters
         self._inflater: zlib._Decompress | None = None
         self._deflater: zlib._Compress | None = None
 
@@ -1609,8 +1463,7 @@ class PerMessageDeflate:
                     if inflater.eof:  # after a block with BFINAL a new stream begins
                         part, self._inflater = inflater.unused_data, zlib.decompressobj(-self._client_bits)
         except zlib.error:
-            raise ProtocolError(CloseCode.INVALID_PAYLOAD, "a message that does not inflate (RFC 7692 section 7.2.2)"
-                                ) from None
+            raise ProtocolError(*DOES_NOT_INFLATE) from None
 
     def end_of_message(self) -> Iterator[bytes]:
         """Yield the last of what a message inflates to; forget what must not be carried over to the next. Raises
@@ -1621,7 +1474,7 @@ class PerMessageDeflate:
         with contextlib.suppress(zlib.error):
             probe.decompress(b"\3\0")  # an empty last block
         if not probe.eof:
-            raise ProtocolError(CloseCode.INVALID_PAYLOAD, "a message that does not inflate (RFC 7692 section 7.2.2)")
+            raise ProtocolError(*DOES_NOT_INFLATE)
         if self._client_forgets:
             self._inflater = None
 
@@ -1637,89 +1490,85 @@ class PerMessageDeflate:
 
 # ==== The page =====================================================================================================
 
+PAGE_POLICY = ("default-src 'none'; connect-src 'self'; img-src data:; style-src 'unsafe-inline'; "
+               "script-src 'unsafe-inline'")  # both are in the page, and nothing from elsewhere gets into it
 PAGE = """\
 <!doctype html><html lang="en">
 <meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Echo server</title><link rel="icon" href="data:,">
 <style>
-:root { --page: #ececea; --card: #fff; --ink: #1c2024; --soft: #59626b; --edge: #848c94; --accent: #2f50c8 }
-@media (prefers-color-scheme: dark) {
-  :root { --page: #15171a; --card: #202327; --ink: #e7e9eb; --soft: #a3abb3; --edge: #78818a; --accent: #93abff } }
-* { box-sizing: border-box; margin: 0; font: inherit; color-scheme: light dark }
-body { max-width: 46rem; margin: auto; padding: 1.5rem 1rem; background: var(--page); color: var(--ink);
+:root { color-scheme: light dark; --page: #ececea; --card: #fff; --ink: #1c2024; --accent: #2f50c8 }
+@media (prefers-color-scheme: dark) { :root { --page: #15171a; --card: #202327; --ink: #e7e9eb; --accent: #93abff } }
+* { box-sizing: border-box; font: inherit; color: inherit }
+body { max-width: 46rem; margin: auto; padding: 1rem; background: var(--page); color: var(--ink);
   font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
 form { display: flex; flex-wrap: wrap; align-items: end; gap: .75rem; margin-top: 1rem; padding: 1.25rem;
   background: var(--card); border-radius: .75rem }
-input, button { min-height: 2.75rem; padding: .25rem .875rem; border: 1px solid var(--edge); border-radius: .5rem;
-  background: var(--card); color: var(--ink); font-size: 1rem }
-button { flex: 1 0 auto } #send { background: var(--accent); border-color: var(--accent); color: var(--card) }
-:disabled { opacity: .5 } :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px }
-h1 { font-size: 1.25rem; font-weight: 600 } label { flex: 1 6rem; color: var(--soft); font-size: .875rem }
-label:last-of-type { flex: 99 8rem } label input { margin-top: .25rem } label input, p, #log { width: 100% }
+input, button { width: 100%; padding: .5rem .875rem; border: 1px solid gray; border-radius: .5rem; background: none }
+button { flex: 1; white-space: nowrap } #send { background: var(--accent); color: var(--card) }
+:disabled { opacity: .5 } h1 { font-weight: 600 } label { flex: 3 8rem; font-size: .875rem } p, #log { width: 100% }
 #log { max-height: 20rem; overflow-y: auto; font: .75rem/1.75 ui-monospace, monospace; white-space: pre }
-#log div { overflow: hidden; text-overflow: ellipsis }
+#log div { overflow: hidden; text-overflow: ellipsis } p { margin: 0 }
 </style>
 <h1>Echo server</h1>
 <form id="connection" method="dialog"> <!-- this method submits to nowhere -->
   <p id="state" role="status"></p>
-  <label>Close code <input id="close-code" value="1000" inputmode="numeric" required pattern="1000|[34][0-9]{3}"
-    title="1000, or 3000 to 4999"></label>
-  <label>Reason <input id="close-reason" maxlength="41" autocomplete="off"></label>
-  <button id="connect">Connect</button></form>
+  <label>Close code <input id="code" value="1000" required pattern="1000|[34][0-9]{3}" title="1000, 3000-4999"></label>
+  <label>Reason <input id="reason" maxlength="41" autocomplete="off"></label>
+  <button id="connect"></button></form>
 <form id="message" method="dialog">
   <label>Message <input id="text" value="Hello" autocomplete="off"></label><button id="send">Send</button>
   <button id="choose" type="button">Send a file</button><input id="file" type="file" aria-label="File" hidden>
   <div id="log" role="log" aria-label="Messages"></div></form>
 <script>
-const $ = (id) => document.getElementById(id);
+const [connection, state, code, reason, connect, message, text, send, choose, file, log] =
+  document.querySelectorAll("[id]");
 let socket, sent; // when each message under way was sent: the echoes come in the same order
 
-function connect() {
+function open() {
   sent = [];
   socket = new WebSocket(location.href.replace("http", "ws").split("#")[0]);
   socket.binaryType = "arraybuffer";
   socket.onopen = () => show();
   socket.onmessage = ({ data }) =>
-    log("in", data, sent.length ? `${(performance.now() - sent.shift()).toFixed(1)} ms` : "");
+    add("in ", data, sent.length ? `${(performance.now() - sent.shift()).toFixed(1)} ms` : "");
   socket.onclose = ({ code, reason, wasClean }) =>
     show(`. Closed: ${code} ${reason}`.trimEnd() + (wasClean ? " (clean)" : " (not clean)"));
   show();
 }
 function show(closed = "") {
-  const state = ["○ Connecting to", "● Connected to", "○ Disconnecting from", "○ Not connected to"][socket.readyState];
-  $("state").textContent = `${state} ${socket.url}${closed}`;
-  $("connect").textContent = socket.readyState === WebSocket.CLOSED ? "Connect" : "Disconnect";
-  $("send").disabled = $("choose").disabled = socket.readyState !== WebSocket.OPEN;
+  const words = ["○ Connecting to", "● Connected to", "○ Disconnecting from", "○ Not connected to"][socket.readyState];
+  state.textContent = `${words} ${socket.url}${closed}`;
+  connect.textContent = socket.readyState === WebSocket.CLOSED ? "Connect" : "Disconnect";
+  send.disabled = choose.disabled = socket.readyState !== WebSocket.OPEN;
 }
-function send(data) {
-  log("out", data);
+function transmit(data) {
+  add("out", data);
   sent.push(performance.now());
   socket.send(data);
 }
-function log(direction, data, note = "") {
-  const bytes = typeof data === "string" ? new TextEncoder().encode(data) : new Uint8Array(data);
+function add(direction, data, time = "") {
+  const isText = typeof data === "string", bytes = isText ? new TextEncoder().encode(data) : new Uint8Array(data);
   const hex = Array.from(bytes.subarray(0, 40), (byte) => byte.toString(16).padStart(2, "0")).join(" ");
-  const [kind, start] = typeof data === "string" ? ["text  ", JSON.stringify(data.slice(0, 100))] : ["binary", hex];
-  const textContent = [direction.padEnd(3), kind, `${bytes.length} B`.padStart(8), note.padStart(8), start].join(" ");
-  $("log").prepend(Object.assign(document.createElement("div"), { textContent }));
-  $("log").children[100]?.remove();
+  const line = [direction, isText ? "text  " : "binary", `${bytes.length} B`.padStart(8), time.padStart(8)];
+  log.prepend(document.createElement("div"));
+  log.firstChild.textContent = [...line, isText ? JSON.stringify(data.slice(0, 100)) : hex].join(" ");
+  log.children[100]?.remove();
 }
-$("connection").onsubmit = () => {
-  if (socket.readyState === WebSocket.CLOSED) return connect();
-  socket.close($("close-code").value, $("close-reason").value);
+connection.onsubmit = () => {
+  if (socket.readyState === WebSocket.CLOSED) return open();
+  socket.close(code.value, reason.value);
   show();
 };
-$("message").onsubmit = () => send($("text").value);
-$("choose").onclick = () => {
-  $("file").value = ""; // or choosing the same file again would change nothing
-  $("file").click();
+message.onsubmit = () => transmit(text.value);
+choose.onclick = () => file.click();
+file.onchange = async () => {
+  transmit(await file.files[0].arrayBuffer());
+  file.value = ""; // or to choose the same file again would change nothing
 };
-$("file").onchange = async () => send(await $("file").files[0].arrayBuffer());
-connect();
+open();
 </script>
 """
-PAGE_POLICY = ("default-src 'none'; connect-src 'self'; img-src data:; style-src 'unsafe-inline'; "
-               "script-src 'unsafe-inline'")
 
 if __name__ == "__main__":
     sys.exit(main())
