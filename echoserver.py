@@ -37,8 +37,7 @@ import sys
 import threading
 import time
 import zlib
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Sequence, Union
-
+from typing import Any, Callable, Dict, Iterable, Iterator, Sequence, Union
 import _socket
 
 logger = logging.getLogger("echoserver")
@@ -55,7 +54,6 @@ __all__ = ["EchoServer", "Server"]
 
 Client = Dict[str, Any]
 Data = Union[bytes, bytearray, memoryview]
-Pieces = List[Union[bytes, bytearray]]
 
 # ==== The server: the listening socket, its threads, the register of connections ===================================
 class Server(WebsocketServer):
@@ -87,16 +85,23 @@ class Server(WebsocketServer):
     allow_reuse_address = sys.platform != "win32"  # there it would let another program take the port over
     spare_threads = 100  # threads beyond max_clients, for 503s and for connections that are ending
 
-    _least = {"max_size": 0, "max_pending": 0, "max_clients": 1, "open_timeout": 0.01, "close_timeout": 0.01,
-              "send_timeout": 0.01, "ping_interval": 0, "ping_timeout": 0}
-    _options = {*_least, "origin", "compression", "ssl_context", "reuse_port", "debug"}
+    _numbers = {  # the least that each may be, and what the command line says of it
+        "max_size": (0, "BYTES", "longest message taken"),
+        "max_pending": (0, "BYTES", "what unfinished messages and unsent answers hold together; 0: no bound"),
+        "max_clients": (1, "N", "connections at once"),
+        "open_timeout": (0.01, "S", "seconds for the opening handshake"),
+        "close_timeout": (0.01, "S", "seconds for the closing handshake"),
+        "send_timeout": (0.01, "S", "seconds in which a client must take 256 KiB, or all there is"),
+        "ping_interval": (0, "S", "seconds of silence before a Ping; 0: never"),
+        "ping_timeout": (0, "S", "seconds without an answer before the client is dropped; 0: never")}
+    _options = {*_numbers, "origin", "compression", "ssl_context", "reuse_port", "debug"}
 
     def __init__(self, host: str = "127.0.0.1", port: int = 0, loglevel: int = logging.WARNING,
                  key: str | None = None, cert: str | None = None, **options: Any) -> None:
         for name in options.keys() - self._options:
             raise TypeError("there is no option %r" % name)
         self.__dict__.update(options)
-        limits = [(name, getattr(self, name), least, 2**33) for name, least in self._least.items()]
+        limits = [(name, getattr(self, name), least, 2**33) for name, (least, *_) in self._numbers.items()]
         for name, value, least, most in [("port", port, 0, 65535), *limits]:
             if not least <= value <= most:
                 raise ValueError("%s must be from %g to %g, not %r" % (name, least, most, value))
@@ -177,10 +182,9 @@ class Server(WebsocketServer):
 
     def _accept(self, poll_interval: float = 0.5) -> None:
         with self._accepting:
-            with contextlib.suppress(OSError):  # closed meanwhile
-                self.socket.settimeout(poll_interval)
             while not self._stopping:
                 try:
+                    self.socket.settimeout(poll_interval)
                     self.process_request(*self.get_request())
                 except socket.timeout:
                     pass
@@ -188,11 +192,18 @@ class Server(WebsocketServer):
                     self._wait_for_room(error)
 
     def process_request(self, request: socket.socket, client_address: Any) -> None:
-        """Give a new connection a thread of its own (socketserver's name for it)."""
+        """Give a new connection a thread of its own, unless there are far too many (socketserver's name for it). Over
+        `max_clients` it begins as CLOSED, for its 503."""
         connection = Connection(request, client_address, self)
         thread = threading.Thread(target=connection.run, name="echoserver connection", daemon=True)
         try:
-            if self.verify_request(request, client_address) and self._enter(connection, thread):
+            verified = self.verify_request(request, client_address)
+            with self._lock:
+                if verified and not self._closing and len(self._connections) < self.max_clients + self.spare_threads:
+                    self._connections[connection] = thread
+                    self._places += 1
+                    self.advance(connection, CLOSED if self._places > self.max_clients else CONNECTING)
+            if connection in self._connections:
                 thread.start()
         finally:
             if thread.ident is None:  # it has not started; a Ctrl-C may come when it has
@@ -222,12 +233,10 @@ class Server(WebsocketServer):
         self.socket.close()
 
     def close(self, code: int = 1001, reason: str | bytes = "") -> None:
-        """Send Close to every client, wait for the answers, cut those that do not answer. It may be called again.
-
-        Returns when no thread of the server is left but the calling one, after `close_timeout` at the latest. In a
-        forked child it only closes the child's copies. In a signal handler call `stop()` instead. Raises ValueError
-        for what a Close frame may not carry.
-        """
+        """Send Close to every client, wait for the answers, cut those that do not answer. It may be called again. It
+        returns when no thread of the server is left but the calling one, after `close_timeout` at the latest. In a
+        forked child it only closes the child's copies. In a signal handler call `stop()` instead. Raises ValueError for
+        what a Close frame may not carry."""
         payload, me = close_payload(code, reason), threading.current_thread()
         if self._in_forked_child():  # shutdown() would reach the parent's sockets, and nobody releases its locks here
             for sock in [self.socket, *(connection.request for connection in list(self._connections))]:
@@ -282,17 +291,6 @@ class Server(WebsocketServer):
         for connection in waiting:
             connection.abort()
 
-    def _enter(self, connection: Connection, thread: threading.Thread) -> bool:
-        """Register a connection, unless there are far too many. Over `max_clients` it begins as CLOSED, for its 503."""
-        with self._lock:
-            if self._closing or len(self._connections) >= self.max_clients + self.spare_threads:
-                return False
-            self._connections[connection] = thread
-            self._places += 1
-            if self._places > self.max_clients:
-                self.advance(connection, CLOSED)
-            return True
-
     def admit(self, connection: Connection, request: Request, subprotocol: str | None) -> bool:
         """Make a connection a client, and OPEN, unless new ones are denied."""
         with self._lock:
@@ -335,8 +333,6 @@ class Server(WebsocketServer):
         return sorted(found, key=lambda client: int(client["id"]))
 
     clients: Any = property(lambda self: self.open_clients, lambda self, _: None)  # websocket-server sets its own
-
-    # The rest of websocket-server's interface works as it is, on these
 
     def send_message(self, client: Client, msg: str | Data) -> bool:
         """Send text (str) or binary (bytes), from any thread. Returns True when TCP has all of it, which may take
@@ -389,13 +385,11 @@ def only_echoes(callback: Callable[..., None]) -> Callable[..., None]:
 class EchoServer(Server):
     """Send every message back to the client that it came from.
 
-    Three callbacks make a server; override any of them. Each runs in the thread of that client's own connection, so
-    it may block, and what it sends is on its way when `send_message` returns. An exception in one is logged, and its
-    client gets Close 1011.
-
-    `client` is websocket-server's dictionary: 'id' (1, 2, 3 …), 'address' (host, port) and 'handler' (its
-    Connection); and from its opening handshake 'path', 'headers' and 'subprotocol' (or None). `server` is this
-    object. The options and the errors are those of `Server`.
+    Three callbacks make a server; override any of them. Each runs in the thread of that client's own connection, so it
+    may block, and what it sends is on its way when `send_message` returns. An exception in one is logged, and its
+    client gets Close 1011. `client` is websocket-server's dictionary: 'id' (1, 2, 3 …), 'address' (host, port) and
+    'handler' (its Connection); and from its opening handshake 'path', 'headers' and 'subprotocol' (or None). `server`
+    is this object. The options and the errors are those of `Server`.
     """
 
     def __init__(self, port: int = 1234, debug: bool = False, host: str = "0.0.0.0", **options: Any) -> None:
@@ -481,15 +475,7 @@ def command_line() -> argparse.ArgumentParser:
     option("port", nargs="?", type=int, default=1234, help="port to listen on, 0 for a free one (default 1234)")
     option("--host", help="address to listen on (default 0.0.0.0; :: for IPv6 and IPv4)")
     option("-d", "--debug", action="store_true", help="show connections and messages, shortened")
-    for name, unit, text in (
-            ("max_size", "BYTES", "longest message taken"),
-            ("max_pending", "BYTES", "what unfinished messages and unsent answers hold together; 0: no bound"),
-            ("max_clients", "N", "connections at once"),
-            ("open_timeout", "S", "seconds for the opening handshake"),
-            ("close_timeout", "S", "seconds for the closing handshake"),
-            ("send_timeout", "S", "seconds in which a client must take 256 KiB, or all there is"),
-            ("ping_interval", "S", "seconds of silence before a Ping; 0: never"),
-            ("ping_timeout", "S", "seconds without an answer before the client is dropped; 0: never")):
+    for name, (_, unit, text) in Server._numbers.items():
         default = getattr(Server, name)
         shown = "%d MiB" % (default >> 20) if unit == "BYTES" else "%g" % default
         option("--" + name.replace("_", "-"), type=type(default), metavar=unit, help="%s (default %s)" % (text, shown))
@@ -503,8 +489,7 @@ def command_line() -> argparse.ArgumentParser:
 
 
 def tls_context(certfile: str | None, keyfile: str | None = None) -> ssl.SSLContext:
-    """Return a server's TLS context, TLS 1.2 or newer. Raises OSError for files that do not serve, and ValueError for
-    a key alone."""
+    """Return a server's TLS context, TLS 1.2 or newer. Raises OSError for unfit files, ValueError for a key alone."""
     if certfile is None:
         raise ValueError("a key goes with a certificate")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -521,12 +506,10 @@ def tls_context(certfile: str | None, keyfile: str | None = None) -> ssl.SSLCont
 
 @contextlib.contextmanager
 def one_processor() -> Iterator[Iterable[int]]:
-    """Hold this thread, and the threads that it starts, to one processor. Yield all that they might use.
-
-    With a GIL one thread runs at a time, and threads on several processors only wake each other up. This leaves alone
-    processors that somebody has chosen. Several processes take different ones: each claims one by binding a name,
-    which the kernel frees when the process ends.
-    """
+    """Hold this thread, and the threads that it starts, to one processor. Yield all that they might use. With a GIL one
+    thread runs at a time, and threads on several processors only wake each other up. This leaves alone processors that
+    somebody has chosen. Several processes take different ones: each claims one by binding a name, which the kernel
+    frees when the process ends."""
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
     if len(allowed) < max(2, os.cpu_count() or 0) or not getattr(sys, "_is_gil_enabled", lambda: True)():
         yield ()
@@ -549,6 +532,7 @@ def one_processor() -> Iterator[Iterable[int]]:
 
 TIMED_OUT = (BlockingIOError, socket.timeout, TimeoutError)  # the kernel's words for it, settimeout()'s and Windows'
 DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)
+MORE = getattr(socket, "MSG_MORE", 0)  # holds back the 101, for 0.2 s at most, until new_client has listed the client
 LEAST = 256 * 1024  # bytes that a client must take within send_timeout, or all there are
 LONG = 64 * 1024  # bytes that are sent as one
 MOST = 127 * 1024  # bytes to receive at once: a frame of 64 KiB fits, and malloc() does not yet map memory anew
@@ -580,8 +564,6 @@ class Connection:
     _fragments: threading.Condition | None = None  # while a message goes out in fragments; guarded by _send_lock
     _fragmenter = 0  # the thread that sends them
     # Only for speed
-    _callback: Any = None  # the message callback, and whether it only echoes
-    _callback_echoes = False
     _until_look = 32  # messages until it looks for the next one before it sleeps
     _room = 479  # bytes to receive at once: as many as fit Python's own pools, and more while they are filled
     _is_spread = False  # this thread may use every processor
@@ -626,22 +608,19 @@ class Connection:
             self.abort()
             return b""
         with self._send_lock:  # nobody's message may overtake the response
-            self._hold_back(True)
             if not server.admit(self, request, subprotocol):
                 self._write(response)
                 server.advance(self, OPEN)
                 self._close(server._deny_clients or close_payload(CloseCode.GOING_AWAY, ""))
-            elif not self._write(response):
+            elif not self._write(response, more=MORE):
                 self.client = None  # without the 101 it is no client
         return early
 
     def _bound_waits(self) -> None:
-        """Let each wait end after an eighth of the server's shortest time; then the clock is read. Raises OSError.
-
-        The kernel keeps the time, since settimeout() would cost a poll() for each call. Under gevent and eventlet a
-        socket never waits in the kernel, and Windows has no MSG_DONTWAIT: there settimeout() does it.
-        """
-        times = (getattr(self.server, name) for name in Server._least if name.endswith(("timeout", "interval")))
+        """Let each wait end after an eighth of the server's shortest time; then the clock is read. Raises OSError. The
+        kernel keeps the time, since settimeout() would cost a poll() for each call. Under gevent and eventlet a socket
+        never waits in the kernel, and Windows has no MSG_DONTWAIT: there settimeout() does it."""
+        times = (getattr(self.server, name) for name in Server._numbers if name.endswith(("timeout", "interval")))
         tick = max(0.01, min(filter(None, times)) / 8)
         self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # messages leave at once
         self.request.settimeout(None if self._in_kernel else tick)
@@ -650,12 +629,6 @@ class Connection:
             value = struct.pack(layout, *divmod(int(tick * 10**6), 10**6))
             for option in socket.SO_RCVTIMEO, socket.SO_SNDTIMEO:
                 self.request.setsockopt(socket.SOL_SOCKET, option, value)
-
-    def _hold_back(self, on: bool) -> None:
-        """Let the kernel keep back what is sent, for 0.2 s at most: a client with its 101 is on the list already."""
-        if hasattr(socket, "TCP_CORK"):
-            with contextlib.suppress(OSError):
-                self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, on)
 
     def _read_request(self) -> tuple[Request, bytes]:
         """Read a request, all of it within `open_timeout`. Raises HTTPAnswer, or OSError when the client is gone."""
@@ -681,7 +654,8 @@ class Connection:
         server._log("newConnection: client %d from %s port %d", client["id"], *client["address"])
         try:
             server.new_client(client, server)
-            self._hold_back(False)
+            with contextlib.suppress(OSError):  # lets go of what MORE holds back
+                self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             data = data or self._receive()
             while data:
                 if receiver.between_messages and not server.debug:
@@ -706,9 +680,7 @@ class Connection:
         """Take the messages that `data` begins with, by the fast path; return what is left of it."""
         server, client, callback = self.server, self.client, self.server.message_received
         frames, used = whole_frames(data, server.max_size)
-        if callback is not self._callback:
-            self._callback, self._callback_echoes = callback, server.only_echoes()
-        if self._callback_echoes:
+        if server.only_echoes():
             with self._send_lock:
                 if self._fragments or not frames:
                     return data
@@ -721,7 +693,7 @@ class Connection:
                     callback(client, server, payload.decode() if header[0] & TEXT else payload)
         return data[used:]
 
-    def _deliver(self, opcode: int, pieces: Pieces) -> None:
+    def _deliver(self, opcode: int, pieces: list[bytes | bytearray]) -> None:
         """Call the callback with a message. What comes after our Close frame is ignored."""
         server, client = self.server, self.client or {}
         if self.state is OPEN and server.only_echoes():
@@ -736,10 +708,8 @@ class Connection:
             server.message_received(client, server, message)
 
     def _receive(self) -> bytes:
-        """Return what the client sends next, b"" when there is nothing to wait for any more.
-
-        After `ping_interval` of silence the client gets a Ping (section 5.5.2); after `ping_timeout` more it is failed.
-        """
+        """Return what the client sends next, b"" when there is nothing to wait for any more. After `ping_interval` of
+        silence the client gets a Ping (section 5.5.2); after `ping_timeout` more it is failed."""
         server, pinged, silent_since = self.server, False, time.monotonic()
         while self.state is OPEN or time.monotonic() < self._deadline:
             try:
@@ -799,11 +769,9 @@ class Connection:
         self._is_spread = True
 
     def finish(self) -> None:
-        """End the connection: our half of TCP first, then, when the client has ended its own, the rest.
-
-        A socket that is closed with bytes unread sends a reset, which may destroy the Close frame or the answer on its
-        way. So this reads what still comes, and throws it away, until the client ends or time is up.
-        """
+        """End our half of TCP, and, when the client has ended its own or time is up, the rest (section 7.1.1). A socket
+        that is closed with bytes unread sends a reset, which may destroy the Close frame or the answer on its way. So
+        this reads what still comes, and throws it away."""
         server, client = self.server, self.client or {}
         server.advance(self, CLOSING)
         if self._tls and self._send_lock.acquire(timeout=1):  # its holder may be blocked sending
@@ -871,11 +839,9 @@ class Connection:
         raise TypeError("a message is str or bytes, not %s" % type(message).__name__)
 
     def send_fragments(self, pieces: Iterable[str | bytes]) -> bool:
-        """Send one message in fragments (section 5.4), each as soon as `pieces` yields it, all str or all bytes.
-
-        Meanwhile control frames may go between them. Messages from other threads wait for the last fragment,
-        `send_timeout` at most, and are not sent after that. `pieces` itself must not send messages to this client.
-        """
+        """Send one message in fragments (section 5.4), each as soon as `pieces` yields it, all str or all bytes. Other
+        threads' messages wait for the last fragment, `send_timeout` at most, and are not sent after that; control
+        frames may go in between. `pieces` itself must not send messages to this client."""
         kind, turn = None, threading.Condition(self._send_lock)
         with turn:
             if not self._may_send():
@@ -933,8 +899,7 @@ class Connection:
             return all(map(self._write, (header, payload, *more)))  # spares a copy
 
     def _may_send(self) -> bool:
-        """Wait, without _send_lock, while another thread sends a message in fragments. Returns False after
-        `send_timeout`, or if the connection is not open any more."""
+        """Wait, without _send_lock, while another thread sends fragments: `send_timeout` at most. Then say if open."""
         until = time.monotonic() + self.server.send_timeout
         while self._fragments:
             if self._fragmenter == threading.get_ident():
@@ -943,12 +908,12 @@ class Connection:
                 return False
         return self.state is OPEN
 
-    def _write(self, data: Data, wait: bool = True) -> bool:
+    def _write(self, data: Data, wait: bool = True, more: int = 0) -> bool:
         """Send bytes; _send_lock is held. After a failure the connection is over: a part of a frame may be out."""
         try:
             data = self._tls.encrypt(data) if self._tls else data
             try:
-                sent = self.request.send(data, DONTWAIT)
+                sent = self.request.send(data, DONTWAIT | more)
             except TIMED_OUT:
                 sent = 0
             if sent != len(data):
@@ -992,13 +957,12 @@ class TLS:
 
     def decrypt(self, ciphertext: bytes) -> bytes:
         """Return the plaintext that is complete with these bytes; the first ones are the TLS handshake's."""
-        plaintext = []
+        plaintext: list[bytes] = []
         with self._lock:
             self.incoming.write(ciphertext)
             try:
-                while not self.has_ended:
-                    plaintext.append(self._tls.read(LONG))
-                    self.has_ended = not plaintext[-1]
+                plaintext.extend(iter(lambda: self._tls.read(LONG), b""))
+                self.has_ended = True
             except ssl.SSLWantReadError:
                 pass
             except ssl.SSLError:
@@ -1032,6 +996,7 @@ HOST = re.compile(r"(\[[0-9A-Za-z:.]+\]|[0-9A-Za-z._~!$&'()*+;=%-]*)(:[0-9]*)?")
 # As browsers write it: in lower case, with no path and no default port (RFC 6454 section 6.2)
 ORIGIN = re.compile(r"null|(?!https:.*:443$|http:.*:80$)[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[1-9][0-9]*)?")
 UPGRADE = ("Upgrade: websocket", "Connection: Upgrade")
+Request = collections.namedtuple("Request", "method path version headers")  # the path with its query, as it was sent
 # Section 9.1: a name, then parameters with or without a value; a value that is quoted is a token too
 PARAMETER = r"[ \t]*;[ \t]*(%s)(?:[ \t]*=[ \t]*(%s|\"(?:%s|\\%s)+\"))?" % (TOKEN, TOKEN, TCHAR, TCHAR)
 EXTENSION = re.compile(r"[ \t,]*(%s)((?:%s)*)[ \t]*(?:,[ \t,]*|$)" % (TOKEN, PARAMETER))
@@ -1060,15 +1025,11 @@ class Headers(Dict[str, str]):
         return super().__contains__(str(name).lower())
 
     def get(self, name: str, default: Any = None) -> Any:
-        """Return the field's value, or `default`."""
         return super().get(name.lower(), default)
 
     def items_of(self, name: str) -> list[str]:
         """Return the items of a field that is a list of tokens (RFC 9110 section 5.6.1)."""
         return [item.strip(" \t") for item in self.get(name, "").split(",") if item.strip(" \t")]
-
-
-Request = collections.namedtuple("Request", "method path version headers")  # the path with its query, as it was sent
 
 
 def require(condition: object, status: int, why: str, *fields: str) -> None:
@@ -1141,15 +1102,13 @@ def accept(request: Request, origins: set[str] | None, compression: bool
     for subprotocol in subprotocols or [""] * ("sec-websocket-protocol" in headers):
         require(re.fullmatch(TOKEN, subprotocol), 400, "The subprotocol %r is no token." % subprotocol)
     offered = headers.get("sec-websocket-extensions")
-    extension, agreed = negotiate([] if offered is None else parse_extensions(offered))
-    digest = hashlib.sha1(key.encode() + GUID).digest()
-    fields = ["HTTP/1.1 101 Switching Protocols", *UPGRADE,
-              "Sec-WebSocket-Accept: " + base64.b64encode(digest).decode()]
-    if subprotocols:
-        fields.append("Sec-WebSocket-Protocol: " + subprotocols[0])
-    if extension and compression:
-        fields.append("Sec-WebSocket-Extensions: " + agreed)
-    return "\r\n".join((*fields, "", "")).encode(), [*subprotocols, None][0], extension if compression else None
+    offers = [] if offered is None else parse_extensions(offered)
+    extension, agreed = negotiate(offers if compression else [])
+    digest = base64.b64encode(hashlib.sha1(key.encode() + GUID).digest()).decode()
+    response = ["HTTP/1.1 101 Switching Protocols", *UPGRADE, "Sec-WebSocket-Accept: " + digest,
+                *("Sec-WebSocket-Protocol: " + subprotocol for subprotocol in subprotocols[:1]),
+                *["Sec-WebSocket-Extensions: " + agreed] * bool(extension), "", ""]
+    return "\r\n".join(response).encode(), subprotocols[0] if subprotocols else None, extension
 
 
 # ==== Frames and messages: bytes in, values out (RFC 6455 sections 5 and 7) ========================================
@@ -1204,15 +1163,12 @@ def unmask(data: Data, key: bytes) -> bytes:
 
 @functools.lru_cache(maxsize=1)
 def xor_in_c() -> Callable[[Data, bytes], bytes] | None:
-    """Return what unmasks ten times as fast, and without the GIL; None where there is none.
-
-    It is in OpenSSL, which the ssl module has loaded. In output feedback mode a cipher makes each block of the key
-    stream from the one before. This cipher is memmove() of 16 bytes onto themselves: the first block, over and over.
-    """
+    """Return what unmasks ten times as fast, and without the GIL; None where there is none. It is in OpenSSL, which the
+    ssl module has loaded. In output feedback mode a cipher makes each block of the key stream from the one before. This
+    cipher is memmove() of 16 bytes onto themselves: the first block, over and over."""
     try:
-        import ctypes
-
         import _ssl
+        import ctypes
         feed_back = ctypes.CDLL(_ssl.__file__).CRYPTO_ofb128_encrypt
         pointer = ctypes.c_void_p
         feed_back.argtypes = pointer, pointer, ctypes.c_size_t, pointer, ctypes.c_char_p, pointer, pointer
@@ -1230,27 +1186,22 @@ def xor_in_c() -> Callable[[Data, bytes], bytes] | None:
 
 
 class Receiver:
-    """Makes whole messages and control frames of the bytes that a client sends.
-
-    `hold` is told how many bytes are kept for a message under way; where it refuses, that fails with Close 1013.
-    """
+    """Makes whole messages and control frames of the bytes that a client sends. `hold` is told how many bytes are kept
+    for a message under way; where it refuses, that fails with Close 1013."""
 
     def __init__(self, max_size: int, compression: PerMessageDeflate | None = None,
                  hold: Callable[[int], bool] = lambda size: True) -> None:
         self.between_messages = True  # the next byte begins a frame, and no message is under way
         self._max_size, self._compression, self._hold = max_size, compression, hold
-        self._begun = b""  # the beginning of a frame's header, or of a control frame
-        # The frame under way; `left` bytes of its payload have not come
-        self._fin, self._frame_opcode, self.left, self._key = True, CONTINUATION, 0, b""
+        # The frame under way: the beginning of its header, or of a control frame; then how much of its payload is left
+        self._begun, self._fin, self._frame_opcode, self.left, self._key = b"", True, CONTINUATION, 0, b""
         # The message under way (CONTINUATION stands for none); `_rest` is the beginning of a character
         self._opcode, self._compressed, self._size, self._rest = CONTINUATION, False, 0, b""
-        self._pieces: Pieces = []
+        self._pieces: list[bytes | bytearray] = []
 
-    def feed(self, data: bytes) -> Iterator[tuple[int, Pieces]]:
-        """Yield (opcode, payload in pieces) of each message and control frame that these bytes complete.
-
-        Each is checked as far as it has come. Raises ProtocolError at the first fault, after yielding what came before.
-        """
+    def feed(self, data: bytes) -> Iterator[tuple[int, list[bytes | bytearray]]]:
+        """Yield (opcode, payload in pieces) of each message and control frame that these bytes complete. All is checked
+        as far as it has come. Raises ProtocolError at the first fault, after yielding what came before."""
         data, self._begun, at = self._begun + data, b"", 0
         while True:
             if not self.left:
@@ -1367,18 +1318,12 @@ SHORT_FRAMES = {
     bytes((FIN | opcode, MASKED | size)):
         (size, bytes((FIN | opcode, size)), int.from_bytes(b"\0\0\0\1" * ((size + 7) // 4), "big"), -size % 4 * 8)
     for opcode in (TEXT, BINARY) for size in range(126)}
-# For that of a long one: the same header's beginning, where the length ends, and the least that it may be
-LONG_FRAMES = {
-    bytes((FIN | opcode, MASKED | length)): (bytes((FIN | opcode, length)), ends, least)
-    for opcode in (TEXT, BINARY) for length, ends, least in ((126, 4, 126), (127, 10, 2**16))}
 
 
 def whole_frames(data: bytes, max_size: int) -> tuple[list[bytes], int]:
-    """Take the whole messages, in one frame each, that `data` begins with.
-
-    Returns [header, payload, header, payload …], ready to send to a client, and how many bytes they took. Stops before
-    whatever is incomplete, too long, in fragments, compressed, a control frame or wrong.
-    """
+    """Take the whole messages, in one frame each of less than 64 KiB, that `data` begins with. Return [header, payload,
+    header, payload …], ready to send to a client, and how many bytes they took. This stops before whatever is
+    incomplete, too long, in fragments, compressed, a control frame or wrong."""
     frames: list[bytes] = []
     at, end, number = 0, len(data), int.from_bytes
     while at < end:
@@ -1391,16 +1336,12 @@ def whole_frames(data: bytes, max_size: int) -> tuple[list[bytes], int]:
             masked = number(data[at + 2:after], "big")  # the masking key in front, which the XOR clears
             payload = (masked ^ (masked >> 8 * size) * repeat >> excess).to_bytes(size, "big")
         except KeyError:
-            if first not in LONG_FRAMES:
+            size = number(data[at + 2:at + 4], "big")
+            after = at + 8 + size
+            if first not in (b"\x81\xfe", b"\x82\xfe") or after > end or not 126 <= size <= max_size:
                 break
-            header, ends, least = LONG_FRAMES[first]
-            length = data[at + 2:at + ends]
-            size = number(length, "big")
-            after = at + ends + 4 + size
-            if after > end or not least <= size <= max_size:
-                break
-            header += length
-            payload = unmask(memoryview(data)[after - size:after], data[at + ends:at + ends + 4])
+            header = bytes((first[0], 126)) + data[at + 2:at + 4]
+            payload = unmask(memoryview(data)[at + 8:after], data[at + 4:at + 8])
         if header[0] & TEXT and not payload.isascii():
             try:
                 payload.decode()
