@@ -57,12 +57,10 @@ Data = Union[bytes, bytearray, memoryview]
 
 # ==== The server: the listening socket, its threads, the register of connections ===================================
 class Server(WebsocketServer):
-    """websocket-server's WebsocketServer with what it lacks: the whole protocol, limits, safety in threads.
-
-    It takes websocket-server's arguments (port 0 means a free one; `key` and `cert`, PEM files, make it wss://), and
-    each option below by name. Raises OSError when it cannot listen or use the certificate, ValueError or TypeError for
-    an option that is out of range or does not exist.
-    """
+    """websocket-server's WebsocketServer with what it lacks: the whole protocol, limits, safety in threads. It takes
+    websocket-server's arguments (port 0 means a free one; `key` and `cert`, PEM files, make it wss://), and each option
+    below by name. Raises OSError when it cannot listen or use the certificate, ValueError or TypeError for an option
+    that is out of range or does not exist."""
 
     # Options; times are in seconds
     max_size = 16 * 2**20  # bytes of the longest message taken, decompressed; a longer one gets Close 1009
@@ -192,8 +190,7 @@ class Server(WebsocketServer):
                     self._wait_for_room(error)
 
     def process_request(self, request: socket.socket, client_address: Any) -> None:
-        """Give a new connection a thread of its own, unless there are far too many (socketserver's name for it). Over
-        `max_clients` it begins as CLOSED, for its 503."""
+        """Give a new connection its thread, if there are not too many. Over `max_clients` it is CLOSED, for its 503."""
         connection = Connection(request, client_address, self)
         thread = threading.Thread(target=connection.run, name="echoserver connection", daemon=True)
         try:
@@ -212,9 +209,8 @@ class Server(WebsocketServer):
 
     def _wait_for_room(self, error: Exception) -> None:
         """Keep what there is, and neither spin nor fill the log, while the system has no room for more."""
-        if self._stopping or "interpreter shutdown" in str(error):  # the program ends, and starts no more threads
-            return
-        if time.monotonic() > self._next_complaint:
+        ends = self._stopping or "interpreter shutdown" in str(error)  # then the program starts no more threads
+        if not ends and time.monotonic() > self._next_complaint:
             self._next_complaint = time.monotonic() + 60
             logger.warning("no room for another connection: %s; %d stay, new ones wait", error, len(self._connections))
         time.sleep(0.05)
@@ -244,7 +240,7 @@ class Server(WebsocketServer):
             self.closed = threading.Event()
             return self.closed.set()
         end = time.monotonic() + self.close_timeout
-        grace = end - self.close_timeout / 4  # the rest of the time is for cutting those that do not answer
+        grace = end - self.close_timeout / 4  # the rest is for cutting those that do not answer
         with self._lock:
             self._closing = True
             inside = me is self._background or me in self._connections.values()
@@ -335,8 +331,7 @@ class Server(WebsocketServer):
     clients: Any = property(lambda self: self.open_clients, lambda self, _: None)  # websocket-server sets its own
 
     def send_message(self, client: Client, msg: str | Data) -> bool:
-        """Send text (str) or binary (bytes), from any thread. Returns True when TCP has all of it, which may take
-        `send_timeout` for each 256 KiB, or False if the client is gone."""
+        """Send text (str) or binary (bytes), in any thread. Returns True when TCP has it, False for one that is gone."""
         return client["handler"].send_message(msg)  # type: ignore[no-any-return]
 
     def _disconnect_clients_gracefully(self, status: int = 1000, reason: str | bytes = b"") -> None:
@@ -550,11 +545,9 @@ CONNECTING, OPEN, CLOSING, CLOSED = State
 
 
 class Connection:
-    """One connection, and the life of its thread: setup, handle, finish. It is a client's 'handler'.
-
-    Its own thread alone reads from it. The `send_…` methods and `abort()` may be called in any thread. A `send_…`
-    returns True when its bytes are with TCP, and False, sending nothing, when the connection is not open any more.
-    """
+    """One connection, and the life of its thread: setup, handle, finish. It is a client's 'handler'. Its own thread
+    alone reads from it; the `send_…` methods and `abort()` may be called in any. A `send_…` returns True when its bytes
+    are with TCP, and False, sending nothing, when the connection is not open any more."""
 
     client: Client | None = None  # set before the 101 is sent; new_client and client_left are called for it
     compression: PerMessageDeflate | None = None
@@ -601,7 +594,7 @@ class Connection:
         except HTTPAnswer as answer:  # the request was for something else, or cannot be granted
             server.advance(self, CLOSED)  # so that its place is free
             crowded = len(server._connections) > server.max_clients + server.spare_threads // 2
-            self._deadline = time.monotonic() + (0 if crowded else 1)
+            self._deadline = time.monotonic() + (not crowded)
             self._write(answer.head + answer.content * (method != "HEAD"))
             return b""
         except OSError:  # gone, or no TLS: there is nobody to answer
@@ -663,8 +656,7 @@ class Connection:
                 for opcode, pieces in receiver.feed(data) if data else ():
                     if opcode == CLOSE:  # answered, unless it is the answer to ours (section 5.5.1)
                         self._close(bytes(pieces[0]), "client")
-                        # It ends TCP soon. If both sides have sent a Close, this side does (section 7.1.1).
-                        self._deadline = time.monotonic() + 1 if self.closed_first == "client" else 0
+                        self._deadline = time.monotonic() + (self.closed_first == "client")  # for it to end TCP
                         return
                     if opcode == PING:
                         self.send_frame(PONG, pieces[0])
@@ -687,8 +679,7 @@ class Connection:
                 if self.state is OPEN:
                     self._write(b"".join(frames))
         else:
-            each = iter(frames)
-            for header, payload in zip(each, each):
+            for header, payload in zip(frames[::2], frames[1::2]):
                 if self.state is OPEN:
                     callback(client, server, payload.decode() if header[0] & TEXT else payload)
         return data[used:]
@@ -751,7 +742,7 @@ class Connection:
         raise TimeoutError
 
     def _recv_tls(self, _: int) -> bytes:
-        """Do what recv() does, and decrypt. Raises SSLWantReadError if what came is not yet enough for that."""
+        """Do what recv() does, and decrypt. Raises SSLWantReadError if that takes more than has come."""
         assert self._tls
         ciphertext = b"" if self._tls.has_ended else self.request.recv(LONG)
         plaintext = self._tls.decrypt(ciphertext)
@@ -865,9 +856,8 @@ class Connection:
 
     def send_text(self, message: str | bytes, opcode: int = 0x1) -> bool:
         """Send text; bytes must be UTF-8 (websocket-server's name for it). Raises UnicodeDecodeError."""
-        if opcode != TEXT:
-            return self.send_frame(opcode, message)
-        return self.send_message(message if isinstance(message, str) else message.decode())
+        text = message if isinstance(message, str) else message.decode()
+        return self.send_message(text) if opcode == TEXT else self.send_frame(opcode, text)
 
     def send_close(self, status: int = 1000, reason: str | bytes = b"") -> bool:
         """Start the closing handshake (section 7.1.2). Raises ValueError for what a Close frame may not carry."""
@@ -1051,8 +1041,7 @@ def parse_request(data: bytes) -> tuple[Request, bytes] | None:
     require(data in (b"", b"\r") or (data[:1].isalpha() and crlf_only), 400, "This is no HTTP request.")
     if end < 0:
         return None
-    first, *others = head.decode("latin-1").split("\r\n")
-    fields = Headers()
+    (first, *others), fields = head.decode("latin-1").split("\r\n"), Headers()
     for line in others:
         field = FIELD_LINE.fullmatch(line)
         if not field:
@@ -1079,8 +1068,8 @@ def parse_extensions(value: str) -> list[tuple[str, list[tuple[str, str | None]]
     return offers
 
 
-def accept(request: Request, origins: set[str] | None, compression: bool
-           ) -> tuple[bytes, str | None, PerMessageDeflate | None]:
+def accept(request: Request, origins: set[str] | None,
+           compression: bool) -> tuple[bytes, str | None, PerMessageDeflate | None]:
     """Return the answer 101 to an opening handshake, the subprotocol and the extension that it agrees on. Raises
     HTTPAnswer where the request is for the page or does not meet section 4.2.1."""
     method, path, version, headers = request
@@ -1092,7 +1081,7 @@ def accept(request: Request, origins: set[str] | None, compression: bool
             "The request must have no body.")
     if method == "HEAD" or "websocket" not in map(str.lower, headers.items_of("upgrade")):
         require(path.split("?")[0] == "/", 426, "This is a WebSocket server; its page is at /.", *UPGRADE)
-        raise HTTPAnswer(200, PAGE, "Content-Security-Policy: " + PAGE_POLICY, kind="text/html")
+        raise HTTPAnswer(200, PAGE, "Content-Security-Policy: " + POLICY, kind="text/html")
     require(version != "1.0" and "upgrade" in map(str.lower, headers.items_of("connection")), 400,
             "An opening handshake must be HTTP/1.1 and have Connection: Upgrade.")
     require(headers.get("sec-websocket-version") == "13", 426, "Sec-WebSocket-Version must be 13.",
@@ -1131,8 +1120,8 @@ class ProtocolError(Exception):
 
 
 def frame_header(opcode: int, size: int, fin: bool = True, rsv1: bool = False) -> bytes:
-    """Return the header of a frame to a client: not masked, its length in the fewest bytes (section 5.2). Raises
-    ValueError for a control frame that is too long (section 5.5)."""
+    """Return a frame's header: no mask, the length in the fewest bytes (section 5.2). Raises ValueError for a control
+    frame that is too long (section 5.5)."""
     first = opcode | FIN * fin | RSV1 * rsv1
     if size < 126:
         return bytes((first, size))
@@ -1309,8 +1298,8 @@ class Receiver:
 
 
 # ==== The fast path: whole messages, many at a time ================================================================
-# This chapter may be deleted, with the line in Connection.handle() that calls it: the server is then slower, and
-# nothing else. The tests hold it against Receiver, frame for frame.
+# This chapter may be deleted, with Connection._take_whole_frames() and the line that calls it: the server is then
+# slower, and nothing else. The tests hold it against Receiver, frame for frame.
 
 # For each beginning of a short frame: its size, the header of the same message to a client, and what unmasks it in one
 # step: a factor that repeats the masking key from its own place on, and how many bits of that are too many.
@@ -1356,14 +1345,12 @@ def whole_frames(data: bytes, max_size: int) -> tuple[list[bytes], int]:
 
 END_OF_MESSAGE = b"\0\0\xff\xff"  # is left out of each message (sections 7.2.1 and 7.2.2)
 DOES_NOT_INFLATE = CloseCode.INVALID_PAYLOAD, "a message that does not inflate (RFC 7692 section 7.2.2)"
-# A parameter of an offer (section 7.1)
 OFFERED = re.compile("(server|client)_no_context_takeover=|client_max_window_bits=|"
-                     "(server|client)_max_window_bits=([89]|1[0-5])")
+                     "(server|client)_max_window_bits=([89]|1[0-5])")  # a parameter of an offer (section 7.1)
 
 
 def negotiate(offers: Iterable[tuple[str, list[tuple[str, str | None]]]]) -> tuple[PerMessageDeflate | None, str]:
-    """Take the first offer of permessage-deflate that can be taken; return it and the answer (section 7.1). One with an
-    unknown parameter, a bad value or a parameter twice is declined."""
+    """Take the first offer of permessage-deflate with good parameters, none twice; return it and the answer (7.1)."""
     for name, offered in offers:
         parameters = dict(offered)
         if (name == "permessage-deflate" and len(parameters) == len(offered)
@@ -1381,8 +1368,7 @@ class PerMessageDeflate:
 
     def __init__(self, parameters: dict[str, str | None]) -> None:
         self.used = False
-        # At most 12, and little memory: 32 KiB a client, not 256. zlib cannot do 8, but with 9 it looks back 250 bytes
-        # at most, which a window of 8 bits holds.
+        # At most 12, for 32 KiB a client, not 256. zlib cannot do 8, but 9 looks back 250 bytes, which 8 bits hold.
         self._server_bits = max(9, min(int(parameters.get("server_max_window_bits") or 12), 12))
         self._client_bits = int(parameters.get("client_max_window_bits") or 15)
         self._server_forgets = "server_no_context_takeover" in parameters
@@ -1407,8 +1393,7 @@ class PerMessageDeflate:
             raise ProtocolError(*DOES_NOT_INFLATE) from None
 
     def end_of_message(self) -> Iterator[bytes]:
-        """Yield the last of what a message inflates to; forget what must not be carried over to the next. Raises
-        ProtocolError 1007 if the stream is not between two blocks."""
+        """Yield the last of what a message inflates to. Raises ProtocolError 1007 if that is not between two blocks."""
         yield from self.inflate(END_OF_MESSAGE)
         assert self._inflater
         probe = self._inflater.copy()
@@ -1431,8 +1416,7 @@ class PerMessageDeflate:
 
 # ==== The page =====================================================================================================
 
-PAGE_POLICY = ("default-src 'none'; connect-src 'self'; img-src data:; style-src 'unsafe-inline'; "
-               "script-src 'unsafe-inline'")  # both are in the page, and nothing from elsewhere gets into it
+POLICY = "default-src 'none'; connect-src 'self'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 PAGE = """\
 <!doctype html><html lang="en">
 <meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -1444,12 +1428,12 @@ PAGE = """\
 body { max-width: 46rem; margin: auto; padding: 1rem; background: var(--page); color: var(--ink);
   font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
 form { display: flex; flex-wrap: wrap; align-items: end; gap: .75rem; margin-top: 1rem; padding: 1.25rem;
-  background: var(--card); border-radius: .75rem }
+  border-radius: .75rem; background: var(--card) }
 input, button { width: 100%; padding: .5rem .875rem; border: 1px solid gray; border-radius: .5rem; background: none }
 button { flex: 1; white-space: nowrap } #send { background: var(--accent); color: var(--card) }
-:disabled { opacity: .5 } h1 { font-weight: 600 } label { flex: 3 8rem; font-size: .875rem } p, #log { width: 100% }
-#log { max-height: 20rem; overflow-y: auto; font: .75rem/1.75 ui-monospace, monospace; white-space: pre }
-#log div { overflow: hidden; text-overflow: ellipsis } p { margin: 0 }
+h1, p { margin: 0 } p { width: 100% } label { flex: 3 8rem; font-size: .875rem } :disabled { opacity: .5 }
+#log { width: 100%; max-height: 20rem; overflow-y: auto; font: .75rem/1.75 ui-monospace, monospace; white-space: pre }
+#log div { overflow: hidden; text-overflow: ellipsis }
 </style>
 <h1>Echo server</h1>
 <form id="connection" method="dialog"> <!-- this method submits to nowhere -->
@@ -1478,8 +1462,8 @@ function open() {
   show();
 }
 function show(closed = "") {
-  const words = ["○ Connecting to", "● Connected to", "○ Disconnecting from", "○ Not connected to"][socket.readyState];
-  state.textContent = `${words} ${socket.url}${closed}`;
+  const states = ["○ Connecting to", "● Connected to", "○ Disconnecting from", "○ Not connected to"];
+  state.textContent = `${states[socket.readyState]} ${socket.url}${closed}`;
   connect.textContent = socket.readyState === WebSocket.CLOSED ? "Connect" : "Disconnect";
   send.disabled = choose.disabled = socket.readyState !== WebSocket.OPEN;
 }
@@ -1491,9 +1475,9 @@ function transmit(data) {
 function add(direction, data, time = "") {
   const isText = typeof data === "string", bytes = isText ? new TextEncoder().encode(data) : new Uint8Array(data);
   const hex = Array.from(bytes.subarray(0, 40), (byte) => byte.toString(16).padStart(2, "0")).join(" ");
-  const line = [direction, isText ? "text  " : "binary", `${bytes.length} B`.padStart(8), time.padStart(8)];
+  const words = [direction, isText ? "text  " : "binary", `${bytes.length} B`.padStart(8), time.padStart(8)];
   log.prepend(document.createElement("div"));
-  log.firstChild.textContent = [...line, isText ? JSON.stringify(data.slice(0, 100)) : hex].join(" ");
+  log.firstChild.textContent = [...words, isText ? JSON.stringify(data.slice(0, 100)) : hex].join(" ");
   log.children[100]?.remove();
 }
 connection.onsubmit = () => {
