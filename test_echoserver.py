@@ -280,6 +280,38 @@ def blocking(go_on):
         server.send_message(client, message), go_on.wait(PATIENCE)))
 
 
+def send_in_background(server, client, message):
+    """Send a message from a thread of its own; return the thread."""
+    thread = threading.Thread(target=server.send_message, args=(client, message), daemon=True)
+    thread.start()
+    return thread
+
+
+def zeros(size, fin=True, opcode=BINARY):
+    """A long frame from a client, made fast."""
+    length = b"\x7e" + struct.pack("!H", size) if size < 65536 else b"\x7f" + struct.pack("!Q", size)
+    return client_frame(opcode, fin=fin, length=length, key=b"\0\0\0\0") + bytes(size)
+
+
+def first_bytes(port, sent):
+    """The first bytes of the answer to a request, b"" if the connection ends without one."""
+    with socket.create_connection(("127.0.0.1", port), PATIENCE) as sock:
+        sock.sendall(sent)
+        return sock.recv(4096)
+
+
+def python(script, *arguments, **options):
+    """Run a script in an interpreter of its own, which finds the module; return what it did."""
+    return subprocess.run([sys.executable, "-u", "-c", textwrap.dedent(script), *map(str, arguments)], cwd=str(HERE),
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
+                          timeout=6 * PATIENCE, **options)
+
+
+class Mute:
+    """The least that a client's handler has to be for the list."""
+    state = echoserver.State.OPEN
+
+
 CAME_AND_LEFT = [("new", 1, True), ("left", 1, False)]
 BOTH = pytest.mark.parametrize("kind", [EchoServer, Recorder])  # the fast path, and an override
 
@@ -1176,6 +1208,18 @@ def test_over_max_clients_there_is_503(serve):
             assert third.echoes()
 
 
+def test_a_connection_that_was_not_let_in_frees_no_place(serve):
+    refusing = []
+    server = serve(override(verify_request=lambda *_: not refusing), max_clients=1)
+    refusing.append(True)
+    for _ in range(3):
+        with connect(server) as sock:
+            assert sock.recv(1) == b""
+    refusing.clear()
+    with Raw(server) as raw:
+        assert answer_to(server, REQUEST).startswith(b"HTTP/1.1 503 ") and raw.echoes()
+
+
 def test_far_over_max_clients_connections_are_dropped(serve):
     server = serve(override(spare_threads=0), max_clients=1)
     with Raw(server), connect(server) as second:
@@ -1933,41 +1977,6 @@ def test_a_fault_of_websocket_server_is_not_here(start, name):
         sent, expected = FAULTS_IN_FRAMES[name]
         with hasty(start()) as raw:
             assert raw.send(*sent).frames(len(expected)) == expected
-
-
-# ==== More tools =========================================================================================
-
-
-def send_in_background(server, client, message):
-    """Send a message from a thread of its own; return the thread."""
-    thread = threading.Thread(target=server.send_message, args=(client, message), daemon=True)
-    thread.start()
-    return thread
-
-
-def zeros(size, fin=True, opcode=BINARY):
-    """A long frame from a client, made fast."""
-    length = b"\x7e" + struct.pack("!H", size) if size < 65536 else b"\x7f" + struct.pack("!Q", size)
-    return client_frame(opcode, fin=fin, length=length, key=b"\0\0\0\0") + bytes(size)
-
-
-def first_bytes(port, sent):
-    """The first bytes of the answer to a request, b"" if the connection ends without one."""
-    with socket.create_connection(("127.0.0.1", port), PATIENCE) as sock:
-        sock.sendall(sent)
-        return sock.recv(4096)
-
-
-def python(script, *arguments, **options):
-    """Run a script in an interpreter of its own, which finds the module; return what it did."""
-    return subprocess.run([sys.executable, "-u", "-c", textwrap.dedent(script), *map(str, arguments)], cwd=str(HERE),
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
-                          timeout=6 * PATIENCE, **options)
-
-
-class Mute:
-    """The least that a client's handler has to be for the list."""
-    state = echoserver.State.OPEN
 
 
 # ==== The pattern is what runs =========================================================================
