@@ -326,12 +326,12 @@ class Server(WebsocketServer):
         """The clients with an open connection, no Close frame sent or received, in order of arrival (a new list)."""
         with self._lock:
             found = [c.client for c in self._connections if c.state is OPEN and c.client]
-        return sorted(found, key=lambda client: int(client["id"]))
+        return sorted(found, key=lambda client: client["id"])
 
     clients: Any = property(lambda self: self.open_clients, lambda self, _: None)  # websocket-server sets its own
 
     def send_message(self, client: Client, msg: str | Data) -> bool:
-        """Send text (str) or binary (bytes), in any thread. Returns True when TCP has it, False for one that is gone."""
+        """Send text (str) or binary (bytes), in any thread. Returns True when TCP has it, False if it is not open."""
         return client["handler"].send_message(msg)  # type: ignore[no-any-return]
 
     def _disconnect_clients_gracefully(self, status: int = 1000, reason: str | bytes = b"") -> None:
@@ -526,8 +526,8 @@ def one_processor() -> Iterator[Iterable[int]]:
 # ==== One connection: the life of a thread =========================================================================
 
 TIMED_OUT = (BlockingIOError, socket.timeout, TimeoutError)  # the kernel's words for it, settimeout()'s and Windows'
-DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)
-MORE = getattr(socket, "MSG_MORE", 0)  # holds back the 101, for 0.2 s at most, until new_client has listed the client
+DONTWAIT = int(getattr(socket, "MSG_DONTWAIT", 0))
+MORE = int(getattr(socket, "MSG_MORE", 0))  # holds back the 101, for 0.2 s at most, until the client is on the list
 LEAST = 256 * 1024  # bytes that a client must take within send_timeout, or all there are
 LONG = 64 * 1024  # bytes that are sent as one
 MOST = 127 * 1024  # bytes to receive at once: a frame of 64 KiB fits, and malloc() does not yet map memory anew
@@ -556,7 +556,7 @@ class Connection:
     _deadline = float("inf")  # when to stop waiting for the client to end TCP, once it is about to
     _fragments: threading.Condition | None = None  # while a message goes out in fragments; guarded by _send_lock
     _fragmenter = 0  # the thread that sends them
-    # Only for speed
+    _callback, _callback_echoes = None, False  # the message callback, and whether it only echoes; kept only for speed
     _until_look = 32  # messages until it looks for the next one before it sleeps
     _room = 479  # bytes to receive at once: as many as fit Python's own pools, and more while they are filled
     _is_spread = False  # this thread may use every processor
@@ -672,14 +672,17 @@ class Connection:
         """Take the messages that `data` begins with, by the fast path; return what is left of it."""
         server, client, callback = self.server, self.client, self.server.message_received
         frames, used = whole_frames(data, server.max_size)
-        if server.only_echoes():
+        if callback is not self._callback:
+            self._callback, self._callback_echoes = callback, server.only_echoes()
+        if self._callback_echoes:
             with self._send_lock:
                 if self._fragments or not frames:
                     return data
                 if self.state is OPEN:
                     self._write(b"".join(frames))
         else:
-            for header, payload in zip(frames[::2], frames[1::2]):
+            each = iter(frames)
+            for header, payload in zip(each, each):
                 if self.state is OPEN:
                     callback(client, server, payload.decode() if header[0] & TEXT else payload)
         return data[used:]
@@ -1258,8 +1261,8 @@ class Receiver:
             at += width
             if not least <= size < 2**63:
                 raise ProtocolError(CloseCode.PROTOCOL_ERROR, "a length that is not in the fewest bytes (section 5.2)")
-        if not opcode & 0x8 and not compressed:
-            self._check_size(size)
+        if not opcode & 0x8 and not compressed and self._size + size > self._max_size:
+            raise ProtocolError(CloseCode.MESSAGE_TOO_BIG, "a message longer than %d bytes" % self._max_size)
         if len(data) < at + 4 + size * (opcode >> 3):  # a control frame is taken as a whole
             return 0
         self._fin, self._frame_opcode, self.left, self._key = fin, opcode, size, data[at:at + 4]
@@ -1267,13 +1270,10 @@ class Receiver:
             self._opcode, self._compressed = opcode, compressed
         return at + 4
 
-    def _check_size(self, more: int) -> None:
-        if self._size + more > self._max_size:
-            raise ProtocolError(CloseCode.MESSAGE_TOO_BIG, "a message longer than %d bytes" % self._max_size)
-
     def _extend(self, part: bytes) -> None:
         """Add a part of the payload to the message under way."""
-        self._check_size(len(part))
+        if self._size + len(part) > self._max_size:
+            raise ProtocolError(CloseCode.MESSAGE_TOO_BIG, "a message longer than %d bytes" % self._max_size)
         if not self._hold(len(part)):
             raise ProtocolError(CloseCode.TRY_AGAIN_LATER, "the server holds too many unfinished messages")
         self._size += len(part)
