@@ -111,10 +111,10 @@ class Server(WebsocketServer):
         self.ssl_context = self.ssl_context if cert is key is None else tls_context(cert, key)
         if self.ssl_context and self.ssl_context.protocol == ssl.PROTOCOL_TLS_CLIENT:
             raise ValueError("ssl_context must be for a server, not for clients")
-        self._lock = threading.RLock()  # guards the next lines, the states and id_counter
+        self._lock = threading.RLock()  # guards the next four lines, the states and id_counter
         self._connections: dict[Connection, threading.Thread] = {}  # every connection that has a thread
         self._places = self._pending = 0  # how many of them are CONNECTING or OPEN; bytes that max_pending bounds
-        self._closing = self._stopping = False  # close() was called; no new connections, for good (no lock)
+        self._closing = self._stopping = False  # close() was called; no new connections (set once, without the lock)
         self._background: threading.Thread | None = None  # what start() started
         self._serving_pid: int | None = None  # the process that serves; a child that it forks does not
         self._accepting, self._closer = threading.Lock(), threading.Lock()  # held while a thread accepts, or closes
