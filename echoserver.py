@@ -527,7 +527,7 @@ def one_processor() -> Iterator[Iterable[int]]:
 
 TIMED_OUT = (BlockingIOError, socket.timeout, TimeoutError)  # the kernel's words for it, settimeout()'s and Windows'
 DONTWAIT = int(getattr(socket, "MSG_DONTWAIT", 0))
-MORE = int(getattr(socket, "MSG_MORE", 0))  # holds back the 101, for 0.2 s at most, until the client is on the list
+MORE = 0x8000 * (sys.platform == "linux")  # MSG_MORE holds the 101 back, for 0.2 s at most, till the client is listed
 LEAST = 256 * 1024  # bytes that a client must take within send_timeout, or all there are
 LONG = 64 * 1024  # bytes that are sent as one
 MOST = 127 * 1024  # bytes to receive at once: a frame of 64 KiB fits, and malloc() does not yet map memory anew
