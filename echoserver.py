@@ -59,8 +59,8 @@ Data = Union[bytes, bytearray, memoryview]
 class Server(WebsocketServer):
     """websocket-server's WebsocketServer with what it lacks: the whole protocol, limits, safety in threads. It takes
     websocket-server's arguments (port 0 means a free one; `key` and `cert`, PEM files, make it wss://), and each option
-    below by name. Raises OSError when it cannot listen or use the certificate, ValueError or TypeError for an option
-    that is out of range or does not exist."""
+    below by name. Raises OSError when it cannot listen or use the certificate, ValueError for an option out of range,
+    TypeError for one that does not exist."""
 
     # Options; times are in seconds
     max_size = 16 * 2**20  # bytes of the longest message taken, decompressed; a longer one gets Close 1009
@@ -152,8 +152,8 @@ class Server(WebsocketServer):
     def start(self) -> None:
         """Serve in a background thread. Does nothing if that was started before."""
         with self._lock:
-            self._begin()
-            if self._background is None:
+            if self._background is None or self._closing:
+                self._begin()
                 thread = threading.Thread(target=self._accept, name="echoserver accept", daemon=True)
                 thread.start()
                 self.thread, self._background, self.daemon = thread, thread, True
@@ -163,10 +163,7 @@ class Server(WebsocketServer):
         with self._lock:
             self._begin()
             self.thread = threading.current_thread()
-        try:
-            self._accept(poll_interval or 0.5)
-        finally:
-            self.close()
+        self._accept(poll_interval or 0.5)
 
     def run_forever(self, threaded: bool = False) -> None:
         """Serve in this thread until closed, or ended by Ctrl-C; or in the background (websocket-server's name)."""
@@ -179,15 +176,18 @@ class Server(WebsocketServer):
         self._serving_pid = os.getpid()
 
     def _accept(self, poll_interval: float = 0.5) -> None:
-        with self._accepting:
-            while not self._stopping:
-                try:
-                    self.socket.settimeout(poll_interval)
-                    self.process_request(*self.get_request())
-                except socket.timeout:
-                    pass
-                except Exception as error:  # out of files or threads, most likely
-                    self._wait_for_room(error)
+        try:
+            with self._accepting:
+                while not self._stopping:
+                    try:
+                        self.socket.settimeout(poll_interval)
+                        self.process_request(*self.get_request())
+                    except socket.timeout:
+                        pass
+                    except Exception as error:  # out of files or threads, most likely
+                        self._wait_for_room(error)
+        finally:
+            self.close()
 
     def process_request(self, request: socket.socket, client_address: Any) -> None:
         """Give a new connection its thread, if there are not too many. Over `max_clients` it is CLOSED, for its 503."""
@@ -216,7 +216,7 @@ class Server(WebsocketServer):
         time.sleep(0.05)
 
     def stop(self) -> None:
-        """Accept no more connections; `serve_forever()` then closes the server. Safe in a signal handler."""
+        """Accept no more connections; the accepting thread then closes the server. Safe in a signal handler."""
         if not self._stopping and not self._in_forked_child():
             self._stopping = True
             with contextlib.suppress(OSError), socket.socket(self.address_family) as waker:
@@ -248,9 +248,10 @@ class Server(WebsocketServer):
         if not self._closer.acquire(timeout=0 if inside else self.close_timeout):
             return None
         try:
-            self.server_close()
-            if me is not self.thread and self._accepting.acquire(timeout=self.close_timeout):
+            self.stop()
+            if me is not self.thread and self._accepting.acquire(timeout=self.close_timeout / 4):
                 self._accepting.release()
+            self.server_close()
             with self._lock:
                 connections = dict(self._connections)
             threads = {t for t in (self._background, *connections.values()) if t and t is not me}
@@ -263,7 +264,7 @@ class Server(WebsocketServer):
                         connection.abort()
             stuck = sum(map(threading.Thread.is_alive, threads))
             if stuck:
-                logger.warning("closed, but %d threads have not ended", stuck)
+                logger.warning("closed, but threads that have not ended: %d", stuck)
             self.closed.set()
         finally:
             self._closer.release()
@@ -279,11 +280,9 @@ class Server(WebsocketServer):
     def _close_all(self, connections: Iterable[Connection], payload: bytes, until: float) -> None:
         """Send Close to all at once. One that another thread sends to is tried again, and cut at the time `until`."""
         waiting = list(connections)
-        while True:
+        while waiting and time.monotonic() < until:
             waiting = [connection for connection in waiting if not connection.send_control(CLOSE, payload, 0)]
-            if not waiting or time.monotonic() >= until:
-                break
-            time.sleep(0.01)
+            time.sleep(0.01 * bool(waiting))
         for connection in waiting:
             connection.abort()
 
@@ -525,7 +524,7 @@ def one_processor() -> Iterator[Iterable[int]]:
 
 # ==== One connection: the life of a thread =========================================================================
 
-TIMED_OUT = (BlockingIOError, socket.timeout, TimeoutError)  # the kernel's words for it, settimeout()'s and Windows'
+TIMED_OUT = (BlockingIOError, socket.timeout, TimeoutError)  # what the kernel, settimeout() and Windows raise for it
 DONTWAIT = int(getattr(socket, "MSG_DONTWAIT", 0))
 MORE = 0x8000 * (sys.platform == "linux")  # MSG_MORE holds the 101 back, for 0.2 s at most, till the client is listed
 LEAST = 256 * 1024  # bytes that a client must take within send_timeout, or all there are
@@ -584,44 +583,43 @@ class Connection:
 
     def setup(self) -> bytes:
         """Take the opening handshake; return the bytes that came behind it. `client` is set if it succeeds."""
-        server, method = self.server, ""
+        server, method, early = self.server, "", b""
         try:
-            self._bound_waits()
+            self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # messages leave at once
+            self._bound_waits(1 / 8, socket.SO_RCVTIMEO, socket.SO_SNDTIMEO)
             request, early = self._read_request()
             method = request.method
             require(self.state is not CLOSED, 503, "This server has all the clients that it takes.", "Retry-After: 5")
             response, subprotocol, self.compression = accept(request, server.origins, server.compression)
+            self._bound_waits(1 / 2, socket.SO_RCVTIMEO)  # a client that is idle costs next to nothing
         except HTTPAnswer as answer:  # the request was for something else, or cannot be granted
             server.advance(self, CLOSED)  # so that its place is free
             crowded = len(server._connections) > server.max_clients + server.spare_threads // 2
             self._deadline = time.monotonic() + (not crowded)
             self._write(answer.head + answer.content * (method != "HEAD"))
-            return b""
         except OSError:  # gone, or no TLS: there is nobody to answer
             self.abort()
-            return b""
-        with self._send_lock:  # nobody's message may overtake the response
-            if not server.admit(self, request, subprotocol):
-                self._write(response)
-                server.advance(self, OPEN)
-                self._close(server._deny_clients or close_payload(CloseCode.GOING_AWAY, ""))
-            elif not self._write(response, more=MORE):
-                self.client = None  # without the 101 it is no client
+        else:
+            with self._send_lock:  # nobody's message may overtake the response
+                if not server.admit(self, request, subprotocol):
+                    self._write(response)
+                    server.advance(self, OPEN)
+                    self._close(server._deny_clients or close_payload(CloseCode.GOING_AWAY, ""))
+                elif not self._write(response, more=MORE):
+                    self.client = None  # without the 101 it is no client
         return early
 
-    def _bound_waits(self) -> None:
-        """Let each wait end after an eighth of the server's shortest time; then the clock is read. Raises OSError. The
+    def _bound_waits(self, share: float, *options: int) -> None:
+        """Let each wait end after a share of the server's shortest time; then the clock is read. Raises OSError. The
         kernel keeps the time, since settimeout() would cost a poll() for each call. Under gevent and eventlet a socket
         never waits in the kernel, and Windows has no MSG_DONTWAIT: there settimeout() does it."""
         times = (getattr(self.server, name) for name in Server._numbers if name.endswith(("timeout", "interval")))
-        tick = max(0.01, min(filter(None, times)) / 8)
-        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # messages leave at once
-        self.request.settimeout(None if self._in_kernel else tick)
-        if self._in_kernel:
-            layout = "qq" if socket.SO_RCVTIMEO == 66 else "ll"  # a struct timeval; this number means one of 64 bits
-            value = struct.pack(layout, *divmod(int(tick * 10**6), 10**6))
-            for option in socket.SO_RCVTIMEO, socket.SO_SNDTIMEO:
-                self.request.setsockopt(socket.SOL_SOCKET, option, value)
+        shortest = min(filter(None, times))
+        self.request.settimeout(None if self._in_kernel else max(0.01, shortest / 8))
+        for option in options if self._in_kernel else ():
+            layout = "qq" if option in (66, 67) else "ll"  # a struct timeval; these numbers mean one of 64 bits
+            value = struct.pack(layout, *divmod(int(max(0.01, shortest * share) * 10**6), 10**6))
+            self.request.setsockopt(socket.SOL_SOCKET, option, value)
 
     def _read_request(self) -> tuple[Request, bytes]:
         """Read a request, all of it within `open_timeout`. Raises HTTPAnswer, or OSError when the client is gone."""
@@ -633,7 +631,7 @@ class Connection:
             try:
                 more = self._recv_by(deadline, 4096)
             except TimeoutError:
-                raise HTTPAnswer(408, "No full request came in %g seconds." % self.server.open_timeout) from None
+                raise HTTPAnswer(408, "No full request came in %g seconds." % patience) from None
             if not more:
                 raise HTTPAnswer(400, "The request ended before its empty line.") if data else ConnectionAbortedError
             data += more
@@ -716,6 +714,8 @@ class Connection:
                 silent_since = time.monotonic()
             except TIMED_OUT:
                 self._room = Connection._room
+                if self.state is not OPEN:
+                    self._bound_waits(1 / 8, socket.SO_RCVTIMEO)
             except OSError:
                 break
             patience = server.ping_timeout if pinged else server.ping_interval or float("inf")
@@ -728,13 +728,12 @@ class Connection:
         return b""
 
     def _look(self) -> bytes:
-        """Return the next bytes if they come very soon, else b"": to be woken costs more than to look a few times. Only
-        if no other connection has to wait meanwhile. A failed look pauses looking for the next 32 messages."""
+        """Return the next bytes if they come very soon, else b"": to be woken costs more. Not if others must wait."""
         if len(self.server._connections) == 1 and self._in_kernel and not self._tls:
             for _ in range(self.server.looks):
                 with contextlib.suppress(BlockingIOError):
                     return self.request.recv(self._room, DONTWAIT)
-        self._until_look = 32
+        self._until_look = 32  # a failed look pauses looking
         return b""
 
     def _recv_by(self, deadline: float, size: int) -> bytes:
@@ -783,6 +782,7 @@ class Connection:
         finally:
             self._recv, deadline = self.request.recv, min(self._deadline, time.monotonic() + server.close_timeout)
             with contextlib.suppress(OSError):
+                self._bound_waits(1 / 8, socket.SO_RCVTIMEO)
                 while self._recv_by(deadline, LONG):
                     pass
             server.forget(self)
@@ -847,7 +847,8 @@ class Connection:
                 kind = kind or type(piece)
                 if type(piece) is not kind:
                     raise TypeError("the fragments of a message are all str or all bytes")
-                self.send_frame(opcode, piece, fin=False)
+                if not self.send_frame(opcode, piece, fin=False):
+                    return False
             return self.send_frame(CONTINUATION if kind else BINARY)
         except BaseException:  # the message cannot be ended, and no other be sent
             self._close(close_payload(CloseCode.INTERNAL_ERROR, "internal error"))
@@ -1036,7 +1037,7 @@ def parse_request(data: bytes) -> tuple[Request, bytes] | None:
     HTTPAnswer 400 or 431 as soon as it cannot become one."""
     data = data[2 * data.startswith(b"\r\n"):]  # an empty line in front is ignored (RFC 9112 section 2.2)
     end = data.find(b"\r\n\r\n")
-    head = data.rstrip(b"\r\n") if end < 0 else data[:end]
+    head = data[:-3] if end < 0 else data[:end]
     require(len(head) <= MAX_HEAD and head.count(b"\n") <= MAX_FIELDS, 431,
             "The request's header is over %d bytes or %d fields." % (MAX_HEAD, MAX_FIELDS))
     lines = data[:end + 2] if end >= 0 else data
@@ -1371,8 +1372,8 @@ class PerMessageDeflate:
         # At most 12, for 32 KiB a client, not 256. zlib cannot do 8, but 9 looks back 250 bytes, which 8 bits hold.
         self._server_bits = max(9, min(int(parameters.get("server_max_window_bits") or 12), 12))
         self._client_bits = int(parameters.get("client_max_window_bits") or 15)
-        self._server_forgets = "server_no_context_takeover" in parameters
-        self._client_forgets = "client_no_context_takeover" in parameters
+        self._server_forgets, self._client_forgets = (
+            side + "_no_context_takeover" in parameters for side in ("server", "client"))
         self._inflater: zlib._Decompress | None = None
         self._deflater: zlib._Compress | None = None
 
@@ -1432,8 +1433,7 @@ form { display: flex; flex-wrap: wrap; align-items: end; gap: .75rem; margin-top
 input, button { width: 100%; padding: .5rem .875rem; border: 1px solid gray; border-radius: .5rem; background: none }
 button { flex: 1; white-space: nowrap } #send { background: var(--accent); color: var(--card) }
 h1, p { margin: 0 } p { width: 100% } label { flex: 3 8rem; font-size: .875rem } :disabled { opacity: .5 }
-#log { width: 100%; max-height: 20rem; overflow-y: auto; font: .75rem/1.75 ui-monospace, monospace; white-space: pre }
-#log div { overflow: hidden; text-overflow: ellipsis }
+#log { width: 100%; max-height: 20rem; overflow: hidden auto; font: .75rem/1.75 monospace; white-space: pre }
 </style>
 <h1>Echo server</h1>
 <form id="connection" method="dialog"> <!-- this method submits to nowhere -->

@@ -958,6 +958,15 @@ def test_a_connection_that_is_over_is_not_kept(serve):
     wait_for(lambda: [gc.collect()] and kept() is None, "the connection to be freed")
 
 
+def test_fragments_without_an_end_end_with_the_connection(serve):
+    server = serve(override(message_received=lambda self, client, *_: client["handler"].send_fragments(
+        "x" for _ in iter(int, 1))))
+    with Raw(server) as raw:
+        assert raw.send(GOOD).frame() == (0, TEXT, b"x")
+        raw.reset()
+    wait_for(lambda: not serving())
+
+
 def test_fragments_that_do_not_come_hold_up_nobody(serve):
     """An iterator that waits in another thread keeps only its own connection from being closed in order."""
     go_on = threading.Event()
@@ -1038,7 +1047,7 @@ def test_an_override_that_does_not_return_is_left_behind(serve, caplog):
     with Raw(server) as raw:
         assert raw.echoes()
         server.close()
-        assert [r.getMessage() for r in caplog.records] == ["closed, but 1 threads have not ended"]
+        assert [r.getMessage() for r in caplog.records] == ["closed, but threads that have not ended: 1"]
         go_on.set()
 
 
@@ -1058,6 +1067,15 @@ def test_start_and_close_come_in_any_order():
         at_once.start()
         at_once.close()
         assert at_once.closed.is_set()
+
+
+def test_stop_closes_a_server_in_the_background(serve):
+    server = serve()
+    with Raw(server) as raw:
+        server.stop()
+        assert raw.frame() == closing(1001)
+        raw.send(client_frame(CLOSE)).frames()
+    assert server.closed.wait(PATIENCE)
 
 
 @pytest.mark.parametrize("poll_interval", [None, 0])
@@ -2562,7 +2580,7 @@ FORK = """
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 @pytest.mark.parametrize("when, how", [("later", "sys.exit(0)"), ("later", "server.close()"), ("later", "server.stop()"),
-                                       ("later", "server.server_close()"), ("at once", "pass"), ("at once", "server.stop()")])
+                                       ("later", "server.server_close()"), ("later", "server.start()"), ("at once", "pass"), ("at once", "server.stop()")])
 def test_a_forked_child_that_stops_harms_nothing(when, how):
     """It returns at once, and the parent's clients, and new ones, go on."""
     done = python(FORK, when, how, env={**os.environ, "PYTHONWARNINGS": "ignore"})
@@ -2842,7 +2860,8 @@ def test_no_extension_header_takes_long():
 @pytest.mark.parametrize("sent, status", [
     (REQUEST[:-2] + b"X: y\r\n" * 95 + b"\r\n", b"101"),  # 100 in all
     (REQUEST[:-2] + b"X: y\r\n" * 96 + b"\r\n", b"431"),
-    (REQUEST[:-2] + b"a:\r\n" * 2900, b"431")])  # with no end: the answer does not wait for it
+    (REQUEST[:-2] + b"a:\r\n" * 2900, b"431"),  # with no end: the answer does not wait for it
+    (b"GET /" + b"\r" * 20000, b"431")])
 def test_the_number_of_header_fields(serve, sent, status):
     assert first_bytes(serve().port, sent).startswith(b"HTTP/1.1 %s " % status)
 
