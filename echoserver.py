@@ -434,7 +434,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         server.stop()
 
     try:
-        options = vars(parser.parse_args(argv))
+        try:
+            options = vars(parser.parse_args(argv))
+        finally:
+            print(end="", flush=True)  # what -h printed
         with contextlib.suppress(ImportError, ValueError, OSError):  # Windows has no such limit
             import resource  # as many files, and so as many clients, as the system allows
             _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -500,10 +503,9 @@ def tls_context(certfile: str | None, keyfile: str | None = None) -> ssl.SSLCont
 
 @contextlib.contextmanager
 def one_processor() -> Iterator[Iterable[int]]:
-    """Hold this thread, and the threads that it starts, to one processor. Yield all that they might use. With a GIL one
-    thread runs at a time, and threads on several processors only wake each other up. This leaves alone processors that
-    somebody has chosen. Several processes take different ones: each claims one by binding a name, which the kernel
-    frees when the process ends."""
+    """Hold this thread, and the threads that it starts, to one processor; yield all that they might use. With a GIL,
+    threads on several processors mostly wake each other up. Processors that somebody has chosen stay as they are. Each
+    process takes another one: it binds a name, which the kernel frees when the process ends."""
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
     if len(allowed) < max(2, os.cpu_count() or 0) or not getattr(sys, "_is_gil_enabled", lambda: True)():
         yield ()
@@ -1021,8 +1023,7 @@ class Headers(Dict[str, str]):
     def get(self, name: str, default: Any = None) -> Any:
         return super().get(name.lower(), default)
 
-    def items_of(self, name: str) -> list[str]:
-        """Return the items of a field that is a list of tokens (RFC 9110 section 5.6.1)."""
+    def items_of(self, name: str) -> list[str]:  # of a list of tokens (RFC 9110 section 5.6.1)
         return [item.strip(" \t") for item in self.get(name, "").split(",") if item.strip(" \t")]
 
 
@@ -1033,8 +1034,7 @@ def require(condition: object, status: int, why: str, *fields: str) -> None:
 
 
 def parse_request(data: bytes) -> tuple[Request, bytes] | None:
-    """Return the request that `data` begins with, and the bytes behind it; None while it is incomplete. Raises
-    HTTPAnswer 400 or 431 as soon as it cannot become one."""
+    """Return a request and the bytes behind it, None while it is incomplete. Raises HTTPAnswer 400 or 431 early."""
     data = data[2 * data.startswith(b"\r\n"):]  # an empty line in front is ignored (RFC 9112 section 2.2)
     end = data.find(b"\r\n\r\n")
     head = data[:-3] if end < 0 else data[:end]

@@ -2998,6 +2998,22 @@ def test_standard_output_that_nobody_reads():
     assert code == 1 and err == ""
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", [["-h"], ["--version"]])
+@pytest.mark.parametrize("stdout", ["full", "closed"])
+def test_help_that_cannot_be_written(monkeypatch, arguments, stdout, unbuffered):
+    """No traceback, and one line at most."""
+    if stdout == "full" and not os.path.exists("/dev/full"):
+        pytest.skip("this system has no /dev/full")
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open("/dev/full" if stdout == "full" else writing, "w", closefd=stdout == "full") as file:
+        _, _, err = ended(*arguments, stdout=file)
+    os.close(writing)
+    assert err.count("\n") <= (stdout == "full") and "Traceback" not in err and "Exception" not in err
+
+
 ENDING = """
     import atexit, logging, sys, time
     from echoserver import EchoServer
