@@ -1781,8 +1781,8 @@ def resident():
 def test_slow_openers_resets_and_random_frames_leave_nothing(serve, caplog):
     """Afterwards the server still echoes, with the threads and the memory that it had."""
     server, rng = serve(Recorder, max_clients=2000, max_size=1000, close_timeout=2), random.Random(11)
-    before = 0
-    for _ in range(2):  # what the first round takes is there to stay: caches and the allocator's reserve
+    sizes = []
+    for _ in range(4):  # what one round takes may stay, in caches and in the allocator's reserve; a leak grows in each
         with contextlib.ExitStack() as stack:
             for _ in range(100 * SCALE):
                 stack.enter_context(connect(server)).sendall(b"GET / HT")
@@ -1801,8 +1801,8 @@ def test_slow_openers_resets_and_random_frames_leave_nothing(serve, caplog):
             assert raw.echoes()
         del server.messages[:], server.calls[:]
         gc.collect()
-        growth, before = resident() - before, resident()
-    assert growth < 2**23 and not caplog.records
+        sizes.append(resident())
+    assert min(after - before for before, after in zip(sizes, sizes[1:])) < 2**22 and not caplog.records
 
 
 def test_nothing_from_a_client_gets_into_an_answer_or_the_log(serve, caplog):
